@@ -1,0 +1,1 @@
+"""What few labels buy: features, probes, controls, fine-tuning, and the statistics that judge them."""

@@ -1,0 +1,104 @@
+"""What may be chosen with how many labels, and how: inside the labels, never on the test set.
+
+| labels per class | features | C of the probe, k of the k-NN |
+| --- | --- | --- |
+| 1-4 | the last two stages pooled 2x2 | fixed |
+| 5-24 | the same | stratified 5-fold cross-validation, repeated five times |
+| 25 and more | each stage 1x1, each stage 2x2, the last two 2x2 | stratified 5-fold cross-validation |
+
+Among feature sets the lowest cross-validated loss wins. Within the winner, the one-standard-error rule
+(Breiman et al. 1984): the simplest setting whose loss is within one standard error of the lowest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from sklearn.model_selection import RepeatedStratifiedKFold
+
+from downstream.features import Block, StageFeatures
+
+FEW, MANY = 5, 25  # labels per class from which the setting, and from which the features, are chosen
+MAX_LABELS = 2000  # choices are made on at most so many labels; beyond it they no longer depend on them
+
+FeatureSets = dict[str, tuple[Block, ...]]
+Split = tuple[np.ndarray, np.ndarray]  # positions to fit on, positions held out
+Judge = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def labels_per_class(y: np.ndarray, per_class: int | Literal["all"]) -> int:
+    """The number that decides what may be chosen; for "all", that of the rarest class."""
+    return int(np.bincount(y).min()) if per_class == "all" else per_class
+
+
+def feature_sets(features: StageFeatures, per_class: int, stage: str | None = None) -> FeatureSets:
+    """The candidates by name, all within `stage` where one is given. A control has one: its pseudo-stage."""
+    if not features.one:
+        return {name: ((name, "2x2"),) for name in features.stages}
+    last = (stage,) if stage else features.stages[-2:]
+    sets: FeatureSets = {"+".join(last) + " 2x2": tuple((s, "2x2") for s in last)}
+    if per_class >= MANY:
+        sets |= {" ".join(b): (b,) for s in ((stage,) if stage else features.stages) for b in features.blocks(s)}
+    return sets
+
+
+def splits(y: np.ndarray, per_class: int, seed: int) -> list[Split]:
+    """Stratified folds of the labels: at most five, and no more than labels per class, so that every part of
+    every fold has every class. The same for every arm and every feature set."""
+    smallest = int(np.bincount(y).min())
+    folder = RepeatedStratifiedKFold(
+        n_splits=min(5, smallest), n_repeats=1 if per_class >= MANY else 5, random_state=seed
+    )
+    return list(folder.split(y, y))
+
+
+def subsample(y: np.ndarray, seed: int) -> np.ndarray:
+    """Sorted positions of the labels that choices are made on: all, or MAX_LABELS of them, stratified.
+
+    A rare class keeps 25 of its labels, or what it has.
+    """
+    if len(y) <= MAX_LABELS:
+        return np.arange(len(y))
+    rng = np.random.default_rng(seed)
+    members = [rng.permutation(np.flatnonzero(y == c)) for c in np.unique(y)]
+    return np.sort(np.concatenate([m[: max(MANY, len(m) * MAX_LABELS // len(y))] for m in members]))
+
+
+def choose(
+    y: np.ndarray,
+    folds: list[Split],
+    sets: FeatureSets,
+    n_settings: int,
+    prepare: Callable[[tuple[Block, ...]], Judge],
+) -> tuple[str, int]:
+    """The best feature set and its setting.
+
+    Args:
+        y: (n,) classes that the folds split.
+        sets: the candidates.
+        prepare: from a set's blocks to the judge that fits on some labels and gives the losses of others,
+            (n_settings, others), simplest setting first.
+    """
+    best, lowest = ("", 0), np.inf
+    for name, blocks in sets.items():
+        judge = prepare(blocks)
+        total = np.zeros((n_settings, len(y)))
+        for fit, held_out in folds:
+            total[:, held_out] += judge(fit, held_out)
+        total /= sum(len(held_out) for _, held_out in folds) / len(y)  # the repeats
+        if total.mean(axis=1).min() < lowest:
+            best, lowest = (name, one_standard_error(total)), total.mean(axis=1).min()
+    return best
+
+
+def one_standard_error(losses: np.ndarray) -> int:
+    """Which of the settings, simplest first, to take from (settings, labels) cross-validated losses.
+
+    Each loss is one label's, averaged over the repeats, so that the standard error is over labels.
+    """
+    mean = losses.mean(axis=1)
+    best = int(mean.argmin())
+    error = losses[best].std(ddof=1) / np.sqrt(losses.shape[1])
+    return int(np.flatnonzero(mean <= mean[best] + error)[0])

@@ -1,0 +1,259 @@
+"""Fine-tuning with few labels, and `scratch`: the same network, steps and augmentation from random weights.
+
+What is chosen depends on the number of labels (design: the few-label protocol). Every preset was set once on
+development data; the number of steps is fixed by the preset, never by watching a score.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from unlabel.augment import clean, colour_jitter, random_view
+from unlabel.backbone import Backbone
+from unlabel.draws import Draws, mix
+from unlabel.errors import UserError
+from unlabel.order import batch_at
+from unlabel.precision import autocast, pick_precision
+
+__all__ = ["Classifier", "FineTuned", "Preset", "finetune", "predict_logits", "presets_for"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One way to fine-tune. ``layer_decay`` multiplies the learning rate once per stage from the top down."""
+
+    name: str
+    steps: int
+    lr: float
+    layer_decay: float = 1.0
+    top_layers: int | None = None  # train only the last N stages (and the head); None: all
+    batchnorm: str = "eval"  # eval: keep the pretrained statistics; train: estimate them from the labelled images
+    weight_decay: float = 0.05
+    batch_size: int = 32
+    ema: float = 0.98  # averaged weights are the result
+
+
+# Pretrained: the head comes from the probe, so a few hundred small steps are enough.
+_FEW = (Preset("top", 100, 5e-4, top_layers=1),)
+_SOME = (Preset("all", 200, 1e-3, layer_decay=0.7),)
+_MANY = (
+    Preset("gentle", 300, 5e-4, layer_decay=0.6),
+    Preset("all", 300, 1.5e-3, layer_decay=0.75),
+    Preset("free", 300, 3e-3, layer_decay=0.9),
+)
+# From scratch: as many presets, at least as many steps; BatchNorm has to learn its statistics.
+_SCRATCH_FEW = (Preset("scratch", 200, 2e-3, batchnorm="train"),)
+_SCRATCH_MANY = (
+    Preset("scratch-slow", 400, 1e-3, batchnorm="train"),
+    Preset("scratch", 400, 3e-3, batchnorm="train"),
+    Preset("scratch-strong-decay", 400, 3e-3, batchnorm="train", weight_decay=0.5),
+)
+
+
+def presets_for(per_class: int, scratch: bool, top_layers: int | None = None) -> tuple[Preset, ...]:
+    """The presets of the protocol for this many labels per class: one below 25, three from there on."""
+    if scratch:
+        return _SCRATCH_MANY if per_class >= 25 else _SCRATCH_FEW
+    presets = _MANY if per_class >= 25 else _SOME if per_class >= 5 else _FEW
+    if top_layers is not None:
+        presets = tuple(replace(p, top_layers=top_layers) for p in presets)
+    return presets
+
+
+class Classifier(nn.Module):
+    """Backbone, spatial mean of the last feature map, linear layer: images in [0, 1] to logits (N, K)."""
+
+    def __init__(self, backbone: Backbone, classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.channels, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images).pooled)
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    model: Classifier
+    chosen: dict[str, Any]
+    on_grid_edge: bool
+    steps: int
+
+
+def _blocks(backbone: Backbone) -> list[list[nn.Parameter]]:
+    """Weights of the backbone by stage, top stage first; the stem is the last entry.
+
+    A parameter belongs to the shallowest stage that it can change: found by gradient, so that it holds for
+    every family of networks.
+    """
+    probe = copy.deepcopy(backbone).eval()
+    names = [n for n, _ in probe.model.named_parameters()]
+    for p in probe.parameters():
+        p.requires_grad_(True)
+    features = probe(torch.rand(1, 3, probe.spec.image_size, probe.spec.image_size))
+    first: dict[str, int] = {}
+    for depth, stage in enumerate([*features.stages.values(), features.last]):
+        grads = torch.autograd.grad(stage.sum(), list(probe.model.parameters()), retain_graph=True, allow_unused=True)
+        for name, grad in zip(names, grads, strict=True):
+            if grad is not None:
+                first.setdefault(name, depth)
+    deepest = len(features.stages) - 1
+    table = dict(backbone.model.named_parameters())
+    groups: list[list[nn.Parameter]] = [[] for _ in range(deepest + 1)]
+    for name, depth in first.items():
+        groups[deepest - min(depth, deepest)].append(table[name])
+    return groups
+
+
+def _groups(model: Classifier, preset: Preset) -> list[dict[str, Any]]:
+    """Optimiser groups with layer-wise learning rates; what is not trained is frozen."""
+    for p in model.backbone.parameters():
+        p.requires_grad_(False)
+    groups = [{"params": list(model.head.parameters()), "peak": preset.lr}]
+    for k, params in enumerate(_blocks(model.backbone)):
+        if preset.top_layers is not None and k >= preset.top_layers:
+            continue
+        for p in params:
+            p.requires_grad_(True)
+        groups.append({"params": params, "peak": preset.lr * preset.layer_decay ** (k + 1)})
+    split = []
+    for group in groups:
+        for wants_decay in (True, False):
+            params = [p for p in group["params"] if (p.ndim > 1) is wants_decay]
+            if params:
+                decay = preset.weight_decay if wants_decay else 0.0
+                split.append({"params": params, "peak": group["peak"], "lr": group["peak"], "weight_decay": decay})
+    return split
+
+
+def _train(
+    start: Backbone, head: tuple[np.ndarray, np.ndarray] | None, images: np.ndarray, y: np.ndarray,
+    classes: int, preset: Preset, seed: int, device: torch.device, on_step: Callable[[int], None] | None,
+) -> Classifier:  # fmt: skip
+    """``preset.steps`` steps on images (n, R, R, 3) uint8 with labels y (n,). Returns averaged weights, in eval mode."""
+    torch.manual_seed(mix(seed, "finetune"))
+    model = Classifier(copy.deepcopy(start), classes).to(device=device, memory_format=torch.channels_last)
+    with torch.no_grad():
+        if head is not None:
+            model.head.weight.copy_(torch.as_tensor(head[0]))
+            model.head.bias.copy_(torch.as_tensor(head[1]))
+        else:
+            model.head.weight.mul_(0.1)
+    optimizer = torch.optim.AdamW(_groups(model, preset))
+    average = copy.deepcopy(model)
+    precision, size = pick_precision("auto", device), start.spec.image_size
+    source, labels = torch.from_numpy(np.ascontiguousarray(images)).to(device), torch.as_tensor(y, device=device).long()
+    batch_size = min(preset.batch_size, max(2, len(y)))
+    for step in range(preset.steps):
+        epochs, indices = batch_at(seed, step, batch_size, len(y))
+        draws = Draws(seed, epochs.tolist(), indices.tolist(), device=device)
+        views = random_view(source[indices], size, draws, area=(0.35, 1.0), ratio=1.25)
+        views = cutout(colour_jitter(views, draws, 0.2), draws)
+        progress = step / preset.steps
+        factor = min(1.0, (step + 1) / (0.1 * preset.steps)) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        model.train()
+        if preset.batchnorm == "eval":
+            model.backbone.eval()
+        with autocast(device, precision):
+            logits = model(views)
+        loss = F.cross_entropy(logits.float(), labels[indices], label_smoothing=0.1)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        blend(average, model, min(preset.ema, (step + 1) / (step + 10)))
+        if on_step:
+            on_step(len(indices))
+    return average.eval()
+
+
+@torch.no_grad()
+def blend(average: nn.Module, model: nn.Module, keep: float) -> None:
+    """average = keep · average + (1 - keep) · model, for weights and BatchNorm statistics."""
+    for a, b in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if a.is_floating_point():
+            a.lerp_(b, 1 - keep)
+        else:
+            a.copy_(b)
+
+
+def cutout(images: Tensor, draws: Draws, share: float = 0.3) -> Tensor:
+    """A grey square of ``share`` of the side at a random place of each image (DeVries & Taylor 2017)."""
+    n, _, h, w = images.shape
+    at = draws.stream("cutout").uniform(2)
+    ys = torch.arange(h, device=images.device).view(1, h, 1)
+    xs = torch.arange(w, device=images.device).view(1, 1, w)
+    cy, cx = (at[:, 0] * h).view(n, 1, 1), (at[:, 1] * w).view(n, 1, 1)
+    hole = ((ys - cy).abs() < share * h / 2) & ((xs - cx).abs() < share * w / 2)
+    return torch.where(hole[:, None], 0.5, images)
+
+
+@torch.inference_mode()
+def predict_logits(model: Classifier, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
+    """images (N, R, R, 3) uint8 to (N, K): log-probabilities averaged over the image and its mirror."""
+    device = next(model.parameters()).device
+    size, out = model.backbone.spec.image_size, []
+    model.eval()
+    for at in range(0, len(images), batch_size):
+        x = clean(torch.from_numpy(np.ascontiguousarray(images[at : at + batch_size])).to(device), size)
+        x = x.contiguous(memory_format=torch.channels_last)
+        with autocast(device, pick_precision("auto", device)):
+            both = torch.stack([model(x), model(x.flip(3))])
+        out.append(both.float().log_softmax(-1).mean(0).cpu().numpy())
+    return np.concatenate(out) if out else np.zeros((0, model.head.out_features), np.float32)
+
+
+def _holdout(y: np.ndarray, seed: int, share: float = 0.2) -> np.ndarray:
+    """A stratified mask of the images that are held out to choose a preset."""
+    held = np.zeros(len(y), bool)
+    rng = np.random.default_rng(mix(seed, "holdout"))
+    for c in np.unique(y):
+        members = rng.permutation(np.flatnonzero(y == c))
+        held[members[: max(1, round(share * len(members)))]] = True
+    return held
+
+
+def finetune(
+    backbone: Backbone, images: np.ndarray, y: np.ndarray, classes: int, presets: Sequence[Preset], *,
+    head: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None, seed: int = 0,
+    device: torch.device | str = "cpu", on_step: Callable[[int], None] | None = None,
+) -> FineTuned:  # fmt: skip
+    """Fine-tune on images (n, R, R, 3) uint8 with labels y (n,) in 0 … classes - 1.
+
+    ``head(rows)`` gives the starting point (W (K, C), b (K,)) from a probe fitted on those rows only; None (scratch):
+    a small random one. With several presets, one stratified 80/20 split chooses by log-loss, and the winner is refit
+    on all images with the same number of steps. Nothing looks at a test image.
+    """
+    if len(np.unique(y)) < 2:
+        raise UserError("fine-tuning needs images of at least two classes")
+    device = torch.device(device)
+    everything = np.arange(len(y))
+
+    def train(rows: np.ndarray, preset: Preset) -> Classifier:
+        start = head(rows) if head else None
+        return _train(backbone, start, images[rows], y[rows], classes, preset, seed, device, on_step)
+
+    losses: list[float] = []
+    if len(presets) > 1:
+        held = _holdout(y, seed)
+        for preset in presets:
+            log_p = predict_logits(train(everything[~held], preset), images[held])
+            log_p = log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True)
+            losses.append(float(-log_p[np.arange(held.sum()), y[held]].mean()))
+    best = int(np.argmin(losses)) if losses else 0
+    preset = presets[best]
+    chosen: dict[str, Any] = {"preset": preset.name, "lr": preset.lr, "steps": preset.steps}
+    if losses:
+        chosen["holdout_log_loss"] = [round(v, 4) for v in losses]
+    edge = len(presets) > 1 and best in (0, len(presets) - 1)
+    return FineTuned(train(everything, preset), chosen, edge, preset.steps * (len(presets) + 1 if losses else 1))

@@ -1,0 +1,34 @@
+"""Pretext tasks, by name. Importing this package is quick: a task's module is imported when it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from unlabel.errors import UserError
+
+if TYPE_CHECKING:
+    from pretext.task import PretextTask
+
+__all__ = ["TASKS", "load_task"]
+
+# name -> ("module:Class", one line of text)
+TASKS: dict[str, tuple[str, str]] = {
+    "rotation": (
+        "pretext.rotation:Rotation",
+        "by which of 0, 90, 180, 270 degrees was the image turned? (Gidaris 2018)",
+    ),
+    "inpainting": ("pretext.inpainting:Inpainting", "fill in a missing part: context encoder (Pathak 2016)"),
+    "denoising": (
+        "pretext.denoising:Denoising",
+        "recover the clean image from a noisy one (Vincent 2008, 2010)",
+    ),
+}
+
+
+def load_task(name: str) -> type[PretextTask]:
+    """The class of a task; an unknown name is an error that lists the known ones."""
+    if name not in TASKS:
+        raise UserError(f"unknown pretext task {name!r}: choose from {', '.join(TASKS)} (see `unlabel list`)")
+    module, _, attribute = TASKS[name][0].partition(":")
+    return getattr(import_module(module), attribute)

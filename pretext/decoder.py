@@ -1,0 +1,84 @@
+"""What the two tasks that paint pixels share: a light decoder without skip connections, and its error.
+
+No skips: a shallow feature map would carry the pixels past the deep stages, which would then have nothing to
+learn. Light: on a CPU the decoder costs a fraction of the backbone, which is what gets pretrained.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unlabel.backbone import Backbone
+
+__all__ = ["Decoder", "denormalise", "feature_side", "resize", "squared_error", "weighted_error"]
+
+GROUPS = 8  # of GroupNorm: unlike BatchNorm it knows no batch, so two processes equal one
+
+
+def feature_side(backbone: Backbone) -> int:
+    """Height = width of ``backbone(images).last`` at the image size that the backbone was made for."""
+    size, mean = backbone.spec.image_size, backbone.get_buffer("mean")
+    was_training = backbone.training
+    backbone.eval()  # a forward in training mode would move BatchNorm's statistics
+    with torch.no_grad():
+        last = backbone(torch.zeros(1, 3, size, size, device=mean.device)).last
+    backbone.train(was_training)
+    return int(last.shape[-1])
+
+
+def resize(x: Tensor, side: int) -> Tensor:
+    """(N, C, h, w) to (N, C, side, side), bilinear; untouched where it already fits."""
+    return x if x.shape[-2:] == (side, side) else F.interpolate(x, size=(side, side), mode="bilinear")
+
+
+class Decoder(nn.Module):
+    """Features (N, channels, h, w) to an image (N, 3, size, size), float32, in normalised colours.
+
+    Doubles ``side`` by nearest-neighbour upsampling + 3×3 convolution (which leaves no checkerboard, Odena et
+    al. 2016) up to half the image's side, and the rest bilinearly: without skips the last octave holds little.
+    """
+
+    def __init__(self, channels: int, side: int, size: int, width: int = 64) -> None:
+        super().__init__()
+        doublings = max(0, math.ceil(math.log2(size / side)) - 1)
+        # From the fine end: 16, 32, 64, 64 … channels, so that no level costs more than the coarse ones.
+        widths = [min(width, 16 << k) for k in reversed(range(doublings + 1))]
+        layers: list[nn.Module] = [*_block(channels, widths[0], 1)]
+        for before, after in pairwise(widths):
+            layers += [nn.Upsample(scale_factor=2, mode="nearest"), *_block(before, after, 3)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 3, 3, padding=1))
+
+    def forward(self, features: Tensor, size: int) -> Tensor:
+        return resize(self.layers(features).float(), size)
+
+
+def _block(before: int, after: int, kernel: int) -> tuple[nn.Module, ...]:
+    conv = nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False)
+    return conv, nn.GroupNorm(GROUPS, after), nn.ReLU(inplace=True)
+
+
+def weighted_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean over images of each image's weighted mean squared error; a scalar, float32.
+
+    prediction, target (N, C, H, W); weight (N, 1, H, W) ≥ 0. Divided by the image's own sum of weights: the
+    same constant error gives the same loss however much is weighted. An image without weight counts as 0.
+    """
+    error = (prediction.float() - target.float()).square().mean(1, keepdim=True)
+    total = weight.sum((1, 2, 3))
+    per_image = (error * weight).sum((1, 2, 3)) / torch.where(total > 0, total, 1.0)
+    return per_image.mean()
+
+
+def squared_error(backbone: Backbone, prediction: Tensor, images: Tensor, weight: Tensor) -> Tensor:
+    """``weighted_error`` in [0, 1] colours of a ``prediction`` in normalised ones: what a person would see."""
+    return weighted_error(denormalise(backbone, prediction), images, weight)
+
+
+def denormalise(backbone: Backbone, x: Tensor) -> Tensor:
+    """Normalised colours back to [0, 1], (N, 3, H, W)."""
+    return (x * backbone.get_buffer("std") + backbone.get_buffer("mean")).clamp(0, 1)

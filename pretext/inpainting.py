@@ -1,0 +1,175 @@
+"""Inpainting: the context encoder (Pathak et al. 2016, https://arxiv.org/abs/1604.07379).
+
+Part of each image is hidden, and the network paints it from what is left. Backbone, then a channel-wise fully
+connected layer that carries information across the image, then a decoder without skip connections. The loss is
+the squared error on the hidden part (§3.2 equation 1; the adversarial term is not here) and, weighted more, on
+a band of visible pixels around it, so that the painted part joins its surroundings.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretext.decoder import Decoder, denormalise, feature_side, resize, squared_error, weighted_error
+from pretext.task import Batch, PretextTask, Recipe
+from unlabel.backbone import Backbone
+from unlabel.draws import Draws
+from unlabel.errors import UserError
+
+__all__ = ["ChannelWise", "Inpainting", "band_around", "draw_hidden"]
+
+MASKS = ("center", "blocks", "region", "half")
+BLOCKS = 5  # squares per image of mask kind `blocks`
+NODES = 9  # per axis, of the random field behind `region`
+BLOB = 0.12  # its correlation length as a share of the image's side
+
+
+@dataclass(frozen=True)
+class Config:
+    mask: Literal["center", "blocks", "region", "half"] = "region"
+    """What is hidden: a central square, a few random squares, random smooth shapes, or one half of the image."""
+    share: float = 0.25
+    """Share of the image that is hidden (blocks: at most; half: always 0.5)."""
+    overlap: float = 4.0
+    """Width of the visible band that is painted too, in pixels at an image size of 64; 0 turns it off."""
+    overlap_weight: float = 10.0
+    """Weight of an error in that band; an error in the hidden part weighs 1."""
+
+
+def draw_hidden(kind: str, share: float, size: int, draws: Draws) -> Tensor:
+    """(N, 1, size, size) bool, True where hidden; fresh for every (seed, epoch, index), never all or nothing."""
+    n = len(draws)
+    at = torch.arange(size, device=draws.device)
+    if kind == "center":
+        side = _side(size, share)
+        start = (size - side) // 2
+        line = ((at >= start) & (at < start + side)).expand(n, size)
+        hidden = line[:, :, None] & line[:, None, :]
+    elif kind == "blocks":  # may overlap, so they cover up to `share`, as in the paper
+        side = _side(size, share / BLOCKS)
+        corner = draws.stream("blocks").integers(size - side + 1, BLOCKS, 2, 1)
+        line = (at >= corner) & (at < corner + side)  # (N, BLOCKS, 2, size)
+        hidden = (line[:, :, 0, :, None] & line[:, :, 1, None, :]).any(1)
+    elif kind == "half":
+        side = draws.stream("half").integers(4).view(n, 1, 1)
+        first = at < size / 2
+        rows, columns = first.view(1, -1, 1), first.view(1, 1, -1)
+        hidden = torch.where(side < 2, rows, columns) ^ (side % 2 == 1)  # top, bottom, left, right
+    else:
+        field = _smooth_field(size, draws.stream("region")).flatten(1)
+        count = min(max(1, round(share * size**2)), size**2 - 1)
+        hidden = (field <= field.kthvalue(count, dim=1, keepdim=True).values).view(n, size, size)
+    return hidden[:, None]
+
+
+def _side(size: int, share: float) -> int:
+    return min(max(1, round(size * math.sqrt(share))), size - 1)
+
+
+def _smooth_field(size: int, draws: Draws) -> Tensor:
+    """(N, size, size), smooth, and standard normal at every pixel, so that none is hidden more than others."""
+    centres = torch.linspace(-0.2, 1.2, NODES, device=draws.device)  # past the border: no edge effect
+    at = (torch.arange(size, device=draws.device) + 0.5) / size
+    basis = torch.exp(-((at[:, None] - centres) ** 2) / (2 * BLOB**2))
+    basis = F.normalize(basis, dim=1)  # rows of unit length keep the variance at 1
+    with torch.autocast(draws.device.type, enabled=False):  # bf16 would tie pixels at the threshold
+        return basis @ draws.normal(NODES, NODES) @ basis.T
+
+
+def band_around(hidden: Tensor, width: int) -> Tensor:
+    """(N, 1, H, W) bool: the visible pixels at most ``width`` rows and columns away from a hidden one."""
+    if width == 0:
+        return torch.zeros_like(hidden)
+    near = hidden.float()
+    for kernel in ((2 * width + 1, 1), (1, 2 * width + 1)):  # a square is separable
+        near = F.max_pool2d(near, kernel, stride=1, padding=(kernel[0] // 2, kernel[1] // 2))
+    return (near > 0) & ~hidden
+
+
+class ChannelWise(nn.Module):
+    """The channel-wise fully connected layer (§3.1): each channel's map to itself, C·(HW)² weights.
+
+    (N, C, side, side) to the same shape. Nothing crosses channels: the decoder's 1×1 convolution does that.
+    """
+
+    def __init__(self, channels: int, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.weight = nn.Parameter(torch.randn(channels, side**2, side**2) / side)  # keeps the variance
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = x.flatten(2).transpose(0, 1)  # (C, N, HW): one matrix product per channel
+        return torch.bmm(maps, self.weight.to(maps.dtype)).transpose(0, 1).reshape(x.shape)
+
+
+class Inpainting(PretextTask):
+    """``error``: mean squared error on the hidden pixels only, in [0, 1] colours."""
+
+    Config = Config
+    metrics = {"error": "min"}  # noqa: RUF012
+    recipe = Recipe(optimizer="adamw", lr=2e-3, weight_decay=0.05, batch_size=128)
+    config: Config
+
+    def __init__(self, backbone: Backbone, config: Config) -> None:
+        super().__init__(backbone, config)
+        if config.mask not in MASKS:
+            raise UserError(f"unknown mask {config.mask!r}: choose from {', '.join(MASKS)}")
+        if not 0 < config.share < 1:
+            raise UserError(f"--inpainting.share is {config.share}: it must lie between 0 and 1")
+        if config.overlap < 0 or config.overlap_weight < 0:
+            raise UserError("--inpainting.overlap and --inpainting.overlap-weight must not be negative")
+        side = feature_side(backbone)
+        self.middle = ChannelWise(backbone.channels, side)
+        self.decoder = Decoder(backbone.channels, side, backbone.spec.image_size)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """(N, 1, H, W) bool: what this batch's draws hide."""
+        size = batch.images.shape[-1]
+        return draw_hidden(self.config.mask, self.config.share, size, batch.draws.stream("inpainting"))
+
+    def predict(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """The painted image (N, 3, H, W), in normalised colours; hidden pixels of ``images`` have no influence."""
+        # Normalise, then fill: 0 is the mean colour. Filling first would make the hole a colour of its own.
+        seen = self.backbone.normalise(images).masked_fill(hidden, 0)
+        features = self.backbone.forward_normalised(seen.contiguous(memory_format=torch.channels_last)).last
+        # The layer's size is fixed; where images are smaller than the backbone was made for, stretch the map.
+        return self.decoder(self.middle(resize(features, self.middle.side)), images.shape[-1])
+
+    def weight(self, hidden: Tensor) -> Tensor:
+        """(N, 1, H, W) float32: 1 where hidden, ``overlap_weight`` in the band, exactly 0 elsewhere."""
+        width = round(self.config.overlap * hidden.shape[-1] / 64)
+        return hidden.float() + self.config.overlap_weight * band_around(hidden, width).float()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        hidden = self.hidden(batch)
+        prediction = self.predict(batch.images, hidden)
+        target = self.backbone.normalise(batch.images)
+        loss = weighted_error(prediction, target, self.weight(hidden))
+        error = squared_error(self.backbone, prediction.detach(), batch.images, hidden.float())
+        return {"loss": loss, "error": error}
+
+    def trivial(self, batch: Batch) -> dict[str, float]:
+        """Paints every hidden pixel in the mean colour of its image's visible pixels."""
+        hidden = self.hidden(batch)
+        visible = (~hidden).float()
+        colour = (batch.images * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)
+        error = weighted_error(colour.expand_as(batch.images), batch.images, hidden.float())
+        return {"error": float(error)}
+
+    @torch.no_grad()
+    def show(self, batch: Batch) -> dict[str, Tensor]:
+        """The input with its hidden part in the mean colour; the prediction pasted into the visible part."""
+        hidden, images = self.hidden(batch), batch.images
+        painted = denormalise(self.backbone, self.predict(images, hidden))
+        grey = self.backbone.get_buffer("mean")
+        return {
+            "input": torch.where(hidden, grey, images),
+            "target": images,
+            "prediction": torch.where(hidden, painted, images),
+        }

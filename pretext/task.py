@@ -1,0 +1,77 @@
+"""The contract of a pretext task. A new task is one file beside this one and one line in ``TASKS``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from unlabel.backbone import Backbone
+from unlabel.draws import Draws
+
+__all__ = ["Batch", "PretextTask", "Recipe"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a task gets at each step."""
+
+    images: Tensor  # (N, 3, H, W) float32 in [0, 1], cropped and flipped, on the device
+    draws: Draws  # randomness; row i of it belongs to image i
+    progress: float  # 0..1 within this phase: warm-ups, curricula
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of the loop that suit a task untuned. Where several tasks share a backbone, the first decides."""
+
+    optimizer: Literal["sgd", "adamw"] = "adamw"  # SGD is with Nesterov momentum 0.9
+    lr: float = 1e-3  # peak
+    weight_decay: float = 0.05  # not on biases, BatchNorm and other vectors
+    batch_size: int = 64  # images per step, over all processes
+    schedule: Literal["cosine", "step"] = "cosine"
+    crop: tuple[float, float] = (0.5, 1.0)  # area of the random crop
+    progressive: bool = False  # train small first: see unlabel.pretrain.size_at
+
+
+class PretextTask(nn.Module):
+    """Makes its own labels from unlabelled images and owns the head that predicts them.
+
+    The backbone is borrowed. ``forward`` returns a dict with ``"loss"`` (a scalar: the mean over images of
+    per-image terms, each normalised within its own image, so that two processes equal one) and the detached
+    metrics that ``metrics`` names. A task that needs a batch statistic uses ``unlabel.distributed.mean``.
+    """
+
+    Config: ClassVar[
+        type[Any]
+    ]  # frozen dataclass, free of torch; its fields are --TASK.setting on the command line
+    metrics: ClassVar[dict[str, Literal["max", "min"]]]
+    recipe: ClassVar[Recipe] = Recipe()
+    phases: int = 1  # > 1 is not summed with other tasks
+
+    def __init__(self, backbone: Backbone, config: Any) -> None:
+        super().__init__()
+        # A plain reference, not a submodule: the loop owns the backbone's weights and saves them once.
+        object.__setattr__(self, "backbone", backbone)
+        self.config = config
+
+    backbone: Backbone
+
+    def begin(self, phase: int) -> None:
+        """Freeze or grow for phase 0 … phases - 1; also called on resume."""
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The head's parameters. A group may set ``lr_scale``, ``betas``, ``optimizer``, ``weight_decay``."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def trivial(self, batch: Batch) -> dict[str, float]:
+        """What a network that learned nothing scores: the keys of ``metrics``."""
+        raise NotImplementedError
+
+    def show(self, batch: Batch) -> dict[str, Tensor]:
+        """``"input"``, ``"target"``, ``"prediction"``: each (N, 3, H, W) in [0, 1], for previews."""
+        raise NotImplementedError

@@ -1,0 +1,79 @@
+"""Batched augmentation on the device. Every random number comes from Draws, so it belongs to an image."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unlabel.draws import Draws
+
+__all__ = ["clean", "colour_jitter", "random_view", "to_float"]
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (N, R, R, 3) to float32 (N, 3, R, R) in [0, 1], in channels-last memory (no copy of the layout)."""
+    return images.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+
+
+def clean(images: Tensor, size: int) -> Tensor:
+    """The upright, whole, unaugmented view that the backbone sees downstream.
+
+    uint8 (N, R, R, 3) to float32 (N, 3, size, size) in [0, 1], antialiased bilinear.
+    """
+    out = to_float(images)
+    if out.shape[-1] != size:
+        out = F.interpolate(out, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    return out.clamp_(0, 1)
+
+
+def random_view(
+    images: Tensor, size: int, draws: Draws, area: tuple[float, float] = (0.5, 1.0), ratio: float = 1.0
+) -> Tensor:
+    """Random square crop, resized, and random left-right flip: uint8 (N, R, R, 3) to (N, 3, size, size).
+
+    The crop takes ``area`` of the image and lies inside it: there is no padding whose border could tell a
+    rotation. ``ratio`` > 1 stretches the crop by up to that factor. Never a vertical flip: it equals a
+    half turn of the mirror image, which gives the rotation task contradictory labels.
+    """
+    n = len(images)
+    u = draws.stream("crop").uniform(5)
+    share = area[0] + (area[1] - area[0]) * u[:, 0]
+    side = share.sqrt()
+    stretch = ratio ** (2 * u[:, 4] - 1)
+    width, height = (side * stretch.sqrt()).clamp_(max=1), (side / stretch.sqrt()).clamp_(max=1)
+    flip = torch.where(u[:, 3] < 0.5, -1.0, 1.0)
+    theta = torch.zeros(n, 2, 3, device=images.device)
+    theta[:, 0, 0], theta[:, 1, 1] = width * flip, height
+    # Centre of the crop in grid coordinates (-1 … 1), such that the crop stays inside.
+    theta[:, 0, 2] = (2 * u[:, 1] - 1) * (1 - width)
+    theta[:, 1, 2] = (2 * u[:, 2] - 1) * (1 - height)
+    source = to_float(images)
+    scale = math.sqrt(area[0]) * source.shape[-1] / size
+    if scale > 1.5:  # bilinear sampling alone would alias
+        shorter = max(size, round(source.shape[-1] / scale))
+        source = F.interpolate(source, size=(shorter, shorter), mode="bilinear", antialias=True)
+    grid = F.affine_grid(theta, [n, 3, size, size], align_corners=False)
+    out = F.grid_sample(source, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return out.clamp_(0, 1)
+
+
+def colour_jitter(images: Tensor, draws: Draws, strength: float, grey: float = 0.0) -> Tensor:
+    """Brightness, contrast and saturation, each by a factor in 1 ± ``strength``; grey with probability ``grey``.
+
+    One set of parameters per image of ``images`` (N, 3, H, W) in [0, 1].
+    """
+    if strength == 0 and grey == 0:
+        return images
+    u = draws.stream("colour").uniform(4)
+    factor = 1 + strength * (2 * u - 1)
+    bright, contrast, saturation = (factor[:, k].view(-1, 1, 1, 1) for k in range(3))
+    images = images * bright
+    mean = images.mean((1, 2, 3), keepdim=True)
+    images = mean + (images - mean) * contrast
+    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
+    luma = (images * weights).sum(1, keepdim=True)
+    saturation = torch.where(u[:, 3].view(-1, 1, 1, 1) < grey, torch.zeros_like(saturation), saturation)
+    return (luma + (images - luma) * saturation).clamp(0, 1)

@@ -1,0 +1,241 @@
+"""The shared backbone: any timm ConvNet, seen as a list of stages. Build, save, load."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from unlabel.config import BACKBONES
+from unlabel.errors import UserError
+
+__all__ = ["Backbone", "Features", "build_backbone", "load_backbone", "save_backbone"]
+
+SMALL_IMAGE = 48  # px; below it `--stem auto` takes the small-image stem
+CHANGED_PREFIX = "unlabel_stem."  # marks weights that plain timm would put into a different stem
+MAX_BYTES = 8 << 30  # a backbone file larger than this is refused before memory is taken
+
+
+@dataclass(frozen=True)
+class Features:
+    """``stages``: name ("s8" = stride 8) to (N, C, h, w), shallow to deep. ``last``: (N, C, h, w)."""
+
+    stages: dict[str, Tensor]
+    last: Tensor
+
+    @property
+    def pooled(self) -> Tensor:
+        """(N, C): the spatial mean of ``last``."""
+        return self.last.mean((2, 3))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is needed to build the same network again: the content of backbone.json."""
+
+    name: str  # as timm knows it
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    stem: str = "timm"  # timm, small, half
+    image_size: int = 64
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+class Backbone(nn.Module):
+    """``backbone(images) -> Features``; images (N, 3, H, W) float in [0, 1], normalised inside.
+
+    ``model`` is the plain timm network without its classifier; only its weights are saved.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.spec = spec
+        try:
+            model = timm.create_model(spec.name, pretrained=False, num_classes=0, **spec.kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            message = f"timm cannot build backbone {spec.name!r} ({error}); `unlabel list` names a few good ones"
+            raise UserError(message) from None
+        if not hasattr(model, "forward_intermediates"):
+            raise UserError(f"{spec.name!r} has no forward_intermediates in this timm: take another backbone")
+        self.model: Any = model
+        self.changed: tuple[str, ...] = _change_stem(model, spec.stem)
+        self.frozen: tuple[str, ...] = ()
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
+        self.stage_names, self.stage_channels, self._picks = self._probe_stages()
+
+    def _probe_stages(self) -> tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]:
+        """Names by stride; where two feature maps share a stride, the deeper one is the stage."""
+        was_training = self.training
+        self.eval()
+        with torch.no_grad():
+            x = torch.zeros(1, 3, 64, 64)
+            last, maps = self.model.forward_intermediates(x)
+        self.train(was_training)
+        if last.ndim != 4:
+            raise UserError(f"{self.spec.name!r} is not a ConvNet: its features are not (N, C, H, W)")
+        picks: dict[int, int] = {}
+        for k, m in enumerate(maps):
+            picks[round(64 / m.shape[-1])] = k
+        names = tuple(f"s{stride}" for stride in picks)
+        self.channels = int(last.shape[1])
+        self.stride = round(64 / last.shape[-1])
+        return names, tuple(int(maps[k].shape[1]) for k in picks.values()), tuple(picks.values())
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Grey (N, 1, H, W) is repeated to three channels; then (x - mean) / std."""
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        return (images - self.get_buffer("mean")) / self.get_buffer("std")
+
+    def forward(self, images: Tensor) -> Features:
+        return self.forward_normalised(self.normalise(images))
+
+    def forward_normalised(self, x: Tensor) -> Features:
+        """For tasks that hide or corrupt pixels after normalising."""
+        last, maps = self.model.forward_intermediates(x)
+        stages = {n: maps[k] for n, k in zip(self.stage_names, self._picks, strict=True)}
+        return Features(stages, last)
+
+
+def _change_stem(model: Any, stem: str) -> tuple[str, ...]:
+    """Replace the first convolution (and drop the pool behind it). Returns the state-dict keys that changed.
+
+    ``small`` is for images below 48 px: full resolution into the first stage (ConvNeXt: half).
+    ``half`` is the default network's: one 5×5 convolution of stride 2 and no pooling.
+    """
+    if stem == "timm":
+        return ()
+    if stem not in ("small", "half"):
+        raise UserError(f"unknown stem {stem!r}: auto, small or timm")
+    name, conv = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    patchify = conv.stride[0] == conv.kernel_size[0] and conv.stride[0] > 1  # ConvNeXt
+    kernel, stride = (5, 2) if stem == "half" else (2, 2) if patchify else (3, 1)
+    new = type(conv)(
+        conv.in_channels,
+        conv.out_channels,
+        kernel_size=kernel,  # type: ignore[arg-type]
+        stride=stride,  # type: ignore[arg-type]
+        padding=0 if patchify else kernel // 2,  # type: ignore[arg-type]
+        bias=conv.bias is not None,
+    )
+    parent = model.get_submodule(name.rpartition(".")[0]) if "." in name else model
+    setattr(parent, name.rpartition(".")[2], new)
+    for pool, module in model.named_modules():
+        if isinstance(module, nn.MaxPool2d) and pool.rpartition(".")[0] in ("", "stem"):
+            setattr(model.get_submodule(pool.rpartition(".")[0]), pool.rpartition(".")[2], nn.Identity())
+            break
+    return tuple(f"{name}.{k}" for k in new.state_dict())
+
+
+def build_backbone(name: str, image_size: int, stem: str = "auto", seed: int = 0) -> Backbone:
+    """A freshly initialised backbone. ``name`` is ``small`` (the default network for CPUs) or any timm ConvNet."""
+    own = BACKBONES.get(name)
+    timm_name, kwargs = (own.timm_name, dict(own.kwargs)) if own else (name, {})
+    if stem == "auto":
+        stem = "small" if image_size < SMALL_IMAGE else (own.stem if own else "timm")
+    cfg = timm.get_pretrained_cfg(timm_name)
+    mean, std = (cfg.mean, cfg.std) if cfg is not None else (Spec.mean, Spec.std)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Backbone(Spec(timm_name, kwargs, stem, image_size, tuple(mean), tuple(std)))
+
+
+def _exported(backbone: Backbone) -> dict[str, Tensor]:
+    state = backbone.model.state_dict()
+    return {(CHANGED_PREFIX + k if k in backbone.changed else k): v.contiguous() for k, v in state.items()}
+
+
+def save_backbone(backbone: Backbone, folder: Path) -> Path:
+    """Write backbone.safetensors (weights only: no time, path or commit in it) and backbone.json."""
+    spec = backbone.spec
+    about = {
+        "name": spec.name,
+        "kwargs": spec.kwargs,
+        "changed": list(backbone.changed),
+        "stem": spec.stem,
+        "image_size": spec.image_size,
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "stages": dict(zip(backbone.stage_names, backbone.stage_channels, strict=True)),
+        "frozen": list(backbone.frozen),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "backbone.safetensors"
+    temporary = folder / ".backbone.safetensors.tmp"
+    save_file({k: v.cpu() for k, v in _exported(backbone).items()}, temporary)
+    (folder / "backbone.json").write_text(json.dumps(about, indent=2) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def read_spec(folder: Path) -> dict[str, Any]:
+    """backbone.json of a run folder, with a clear error where it is missing or broken."""
+    path = folder / "backbone.json"
+    try:
+        about = json.loads(path.read_text())
+        if not isinstance(about, dict) or not isinstance(about["name"], str):
+            raise ValueError("not a backbone description")
+        return about
+    except FileNotFoundError:
+        raise UserError(
+            f"no backbone in {folder}: is the run finished? (`unlabel pretrain` again continues it)"
+        ) from None
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
+
+
+def load_backbone(folder: str | Path) -> Backbone:
+    """The backbone of a finished run, in eval mode: ``load_backbone("runs/rotation")(images).pooled``."""
+    folder = Path(folder)
+    about = read_spec(folder)
+    try:
+        spec = Spec(
+            about["name"],
+            dict(about.get("kwargs", {})),
+            about.get("stem", "timm"),
+            int(about.get("image_size", 64)),
+            tuple(about.get("mean", Spec.mean)),
+            tuple(about.get("std", Spec.std)),
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'backbone.json'} cannot be read ({error})") from None
+    backbone = Backbone(spec)
+    load_weights(backbone, folder / "backbone.safetensors")
+    return backbone.eval()
+
+
+def load_weights(backbone: Backbone, path: Path) -> None:
+    """Strict load; names and shapes are compared before memory is taken. A safetensors file cannot run code."""
+    want = {(CHANGED_PREFIX + k if k in backbone.changed else k): v for k, v in backbone.model.state_dict().items()}
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"larger than {MAX_BYTES >> 30} GiB")
+        with safe_open(path, framework="pt") as file:
+            _compare(want, {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()})  # noqa: SIM118
+            state = {k: file.get_tensor(k) for k in want}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: is the run finished?") from None
+    except UserError:
+        raise
+    except Exception as error:  # safetensors raises its own type for a malformed file
+        raise UserError(f"{path} is not a readable safetensors file ({error})") from None
+    backbone.model.load_state_dict({k.removeprefix(CHANGED_PREFIX): v for k, v in state.items()}, strict=True)
+
+
+def _compare(want: Mapping[str, Tensor], have: Mapping[str, tuple[int, ...]]) -> None:
+    missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
+    wrong = sorted(k for k in want.keys() & have.keys() if tuple(want[k].shape) != have[k])
+    if missing or extra or wrong:
+        first = (missing + extra + wrong)[0]
+        counts = f"{len(missing)} missing, {len(extra)} unexpected, {len(wrong)} of another shape"
+        raise UserError(f"the weights do not fit this backbone: {counts} (first: {first!r})")

@@ -1,0 +1,61 @@
+"""Step -> Batch: the cache, the order, the draws and the augmentation put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unlabel import distributed, optim
+from unlabel.augment import clean, random_view
+from unlabel.cache import ImageCache
+from unlabel.draws import Draws, mix
+from unlabel.order import batch_at
+from unlabel.plan import Plan
+
+__all__ = ["Batches"]
+
+CLEAN_IMAGES = 8192  # for the BatchNorm statistics
+
+
+class Batches:
+    """Step -> Batch: this rank's share of the step's images, as the tasks get them."""
+
+    plan: Plan
+
+    def __init__(self, cache: ImageCache, config: PretrainConfig, device: torch.device) -> None:
+        self.cache, self.seed, self.device = cache, config.seed, device
+
+    def _images(self, indices: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.cache.images[indices])).to(self.device, non_blocking=True)
+
+    def __call__(self, step: int, progress: float) -> Any:
+        from pretext.task import Batch
+
+        plan, world, rank = self.plan, distributed.world_size(), distributed.rank()
+        epochs, indices = batch_at(self.seed, step, plan.batch_size, len(self.cache.names))
+        share = plan.batch_size // world
+        mine = slice(rank * share, (rank + 1) * share)
+        draws = Draws(self.seed, epochs[mine].tolist(), indices[mine].tolist(), device=self.device)
+        size = optim.size_at(step / plan.steps, plan.image_size, plan.progressive)
+        images = random_view(self._images(indices[mine]), size, draws, plan.crop)
+        return Batch(images, draws, progress)
+
+    def fixed(self, n: int = 8) -> Any:
+        """The first images, whole: for previews."""
+        from pretext.task import Batch
+
+        indices = np.arange(min(n, len(self.cache.names)))
+        draws = Draws(self.seed, [0] * len(indices), indices.tolist(), device=self.device)
+        return Batch(clean(self._images(indices), self.plan.image_size), draws, 1.0)
+
+    def clean(self, batch_size: int = 512) -> Iterator[Tensor]:
+        """Up to CLEAN_IMAGES images, whole and upright, in batches of about equal size."""
+        order = np.random.Generator(np.random.PCG64(mix(self.seed, "clean"))).permutation(len(self.cache.names))
+        order = order[:CLEAN_IMAGES]
+        for part in np.array_split(order, math.ceil(len(order) / batch_size)):
+            yield clean(self._images(part), self.plan.image_size)

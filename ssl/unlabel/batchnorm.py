@@ -1,0 +1,34 @@
+"""BatchNorm statistics on the images that the backbone will see, not on those that the pretext task showed it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["estimate_statistics"]
+
+
+@torch.no_grad()
+def estimate_statistics(backbone: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Replace running statistics by the averages over clean, upright, unmasked batches (N, 3, H, W).
+
+    Statistics gathered on rotated, masked or noisy batches do not fit clean ones. The average is the cumulative
+    one over all batches. Returns the number of BatchNorm layers.
+    """
+    layers = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not layers:
+        return 0
+    was_training, momenta = backbone.training, [m.momentum for m in layers]
+    backbone.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative average
+        layer.train()
+    for images in batches:
+        backbone(images)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    backbone.train(was_training)
+    return len(layers)

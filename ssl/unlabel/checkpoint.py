@@ -1,0 +1,113 @@
+"""Atomic save, verify, resume. The only place that calls ``torch.load``, and never with code in the file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from unlabel.errors import UserError
+
+__all__ = ["file_sha256", "load_newest", "lock", "save", "write_atomic"]
+
+_MAGIC = b"unlabel-checkpoint-1\n"
+_KEEP = 2
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """All of it or nothing, also when the machine loses power: write beside, flush to disk, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; what was saved before is untouched") from None
+
+
+def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write ``step-XXXXXXXXX.pt`` with a checksum in its head; keep the newest two."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getvalue()
+    path = folder / f"step-{step:09d}.pt"
+    write_atomic(path, _MAGIC + hashlib.sha256(payload).digest() + payload)
+    for old in _all(folder)[_KEEP:]:
+        old.unlink(missing_ok=True)
+    for stale in folder.glob(".*.tmp"):  # left by a process that was killed while writing
+        stale.unlink(missing_ok=True)
+    return path
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.pt"), reverse=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    head = len(_MAGIC) + 32
+    if not data.startswith(_MAGIC) or len(data) <= head:
+        raise ValueError("not a checkpoint, or cut short")
+    if hashlib.sha256(data[head:]).digest() != data[len(_MAGIC) : head]:
+        raise ValueError("checksum does not match")
+    return torch.load(io.BytesIO(data[head:]), map_location="cpu", weights_only=True)
+
+
+def load_newest(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint that verifies; None where there is none at all.
+
+    A damaged one is named on stderr and the one before is used. If all are damaged: an error.
+    """
+    paths = _all(folder)
+    for path in paths:
+        try:
+            return _read(path)
+        except Exception as error:  # a damaged or hostile file may raise anything
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            print(f"warning: checkpoint {path} is not usable ({reason})", file=sys.stderr)
+    if paths:
+        raise UserError(
+            f"none of the {len(paths)} checkpoints in {folder} is usable: move the folder away to start anew"
+        )
+    return None
+
+
+@contextmanager
+def lock(folder: Path):
+    """One process at a time writes a run folder. The operating system drops the lock when the process dies."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file: IO[bytes] = (folder / ".lock").open("ab")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    try:
+        # lockf and not flock: a forked worker would keep flock's lock alive after its parent's death.
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            else:
+                import fcntl
+
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run is writing to {folder}: wait for it, or choose another --out") from None
+        yield
+    finally:
+        file.close()

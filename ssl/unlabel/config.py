@@ -1,0 +1,268 @@
+"""Every setting of every command, as frozen dataclasses. Free of torch, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+__all__ = ["BACKBONES", "CompareConfig", "EvaluateConfig", "OwnBackbone", "PretrainConfig"]
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Protocol = Literal["linear", "knn", "finetune"]
+
+
+@dataclass(frozen=True)
+class OwnBackbone:
+    timm_name: str
+    kwargs: dict[str, Any]
+    stem: str
+    line: str
+
+
+BACKBONES: dict[str, OwnBackbone] = {
+    "small": OwnBackbone(
+        "resnet18",
+        {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256)},
+        "half",
+        "the default, for CPUs: four stages of one basic block, 1.2 M weights, 61 M multiply-adds at 64 px",
+    ),
+}
+
+# A few good ones from timm, for `unlabel list`; any timm ConvNet works.
+SUGGESTED_BACKBONES: dict[str, str] = {
+    "small": BACKBONES["small"].line,
+    "resnet18": "11 M weights; the smallest standard ResNet",
+    "resnet50": "24 M weights; the field's yardstick, for a GPU",
+    "resnetv2_50": "24 M weights; pre-activation ResNet",
+    "convnext_atto": "3.4 M weights; LayerNorm, so no BatchNorm statistics to worry about",
+    "regnety_002": "2.8 M weights; quick",
+    "efficientnet_b0": "4.0 M weights; few operations, slow on CPUs for its size",
+    "mobilenetv3_small_100": "1.5 M weights; for phones",
+}
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pretrain a backbone on images without labels. The same command again continues where it stopped."""
+
+    tasks: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """One or more pretext tasks (`unlabel list`); several train one backbone together."""
+    data: tuple[str, ...]
+    """Images: folder, .tar, .tar.gz, shards{000..009}.tar, or a name such as cifar10. Labels are not needed."""
+    out: Path
+    """The run folder."""
+    weights: tuple[float, ...] | None = None
+    """One loss weight per task (default: all 1)."""
+    backbone: str = "small"
+    """`small` or the name of a timm ConvNet."""
+    stem: Literal["auto", "small", "timm"] = "auto"
+    """auto: a small-image stem below 48 px."""
+    image_size: int | None = None
+    """Pixels (default: the data's median short side, clamped to 32-224)."""
+    epochs: float | None = None
+    """Passes over the images (default 20, if --minutes is not given)."""
+    minutes: float | None = None
+    """Time for training: the speed is measured once and turned into steps."""
+    batch_size: int | None = None
+    """Images per step over all processes (default: the first task's)."""
+    lr: float | None = None
+    """Peak learning rate (default: the first task's)."""
+    weight_decay: float | None = None
+    """Not on biases and norm layers (default: the first task's)."""
+    optimizer: Literal["sgd", "adamw"] | None = None
+    """For the backbone (default: the first task's)."""
+    schedule: Literal["cosine", "step"] | None = None
+    """Learning rate after the warm-up (default: the first task's)."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    crop: tuple[float, float] | None = None
+    """Smallest and largest area of the random crop (default: the first task's)."""
+    progressive: bool | None = None
+    """Train on smaller images first; more passes in the same time (default: the first task's)."""
+    seed: int = 0
+    """Initial weights, order and augmentation."""
+    device: Device = "auto"
+    """Where to train."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 where the hardware has it."""
+    compile: bool = False
+    """torch.compile the backbone: pays on GPUs for long runs."""
+    init: Path | None = None
+    """Start from another run's backbone."""
+    max_skipped: float = 0.01
+    """Largest tolerated share of unreadable files."""
+    workers: int | None = None
+    """Threads that decode images (default: one per core)."""
+    log_every: int | None = None
+    """Steps between lines of metrics.jsonl (default: about 200 lines)."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints (default: an epoch or five minutes, whichever is first)."""
+    task_settings: Annotated[dict[str, dict[str, Any]], tyro.conf.Suppress] = field(default_factory=dict)
+    """Filled from --TASK.setting flags; task name to its Config's fields that differ from the defaults."""
+
+    # What may differ when a run is continued; the data is compared by fingerprint, not by how it is spelled.
+    MAY_DIFFER = frozenset(
+        {"data", "out", "device", "compile", "workers", "log_every", "checkpoint_every", "max_skipped"}
+    )
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings that a continued run must share, as plain JSON values."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: plain(v) for k, v in values.items() if k not in self.MAY_DIFFER}
+
+
+@dataclass(frozen=True)
+class FewLabels:
+    """What evaluate and compare share."""
+
+    train: str
+    """Labelled images: first-level folders are the classes, or use --labels."""
+    test: str | None = None
+    """Labelled test images (default: the named set's own test split, else 20 % by content hash)."""
+    labels: Path | None = None
+    """CSV of name,label for images that are not in class folders."""
+    protocol: tuple[Protocol, ...] = ("linear", "knn", "finetune")
+    """What to measure."""
+    labels_per_class: tuple[str, ...] = ("1", "10", "50")
+    """Label counts; `all` takes every label."""
+    draws: int = 10
+    """Independent draws of labels; the same for every arm."""
+    controls: bool = True
+    """Random backbone, pixels, patches, and supervised training from scratch beside the tasks."""
+    top_layers: int | None = None
+    """Fine-tune only the last N stages (default: the protocol's presets)."""
+    device: Device = "auto"
+    """Where to compute."""
+    max_skipped: float = 0.01
+    """Largest tolerated share of unreadable files."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(FewLabels):
+    """Measure what a run's backbone is worth with few labels."""
+
+    run: Annotated[Path, tyro.conf.Positional] = field(default=tyro.MISSING)
+    """A finished run folder."""
+    out: Path | None = None
+    """Where results.json goes (default: RUN/evaluation)."""
+
+
+@dataclass(frozen=True)
+class CompareConfig(FewLabels):
+    """The main job: pretrain with each task, evaluate all of them beside the controls, write report.html."""
+
+    data: tuple[str, ...] = field(default=tyro.MISSING)
+    """Images without labels, for pretraining."""
+    out: Path = field(default=tyro.MISSING)
+    """Results, report and run folders."""
+    tasks: tuple[str, ...] = ("rotation", "inpainting", "denoising")
+    """One arm each; `rotation+inpainting` is one arm of two tasks."""
+    also: tuple[Path, ...] = ()
+    """Finished run folders that become further arms, named after their folder."""
+    seeds: int = 1
+    """Pretraining seeds per arm; from three on, intervals are over seeds."""
+    backbone: str = "small"
+    """`small` or the name of a timm ConvNet."""
+    image_size: int | None = None
+    """Pixels (default: the data's median short side, clamped to 32-224)."""
+    epochs: float | None = None
+    """Passes of pretraining per arm (default 20, if --minutes is not given)."""
+    minutes: float | None = None
+    """Minutes of pretraining per arm."""
+    batch_size: int | None = None
+    """Images per pretraining step (default: each task's)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 where the hardware has it."""
+    seed: int = 0
+    """The first pretraining seed."""
+    task_settings: Annotated[dict[str, dict[str, Any]], tyro.conf.Suppress] = field(default_factory=dict)
+    """Filled from --TASK.setting flags."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write report.html again from a folder's results.json."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """A folder that evaluate or compare wrote."""
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Write the pooled features of images to a file."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A finished run folder."""
+    data: tuple[str, ...]
+    """Images."""
+    out: Path
+    """FILE.npz (arrays `names` and `features`) or FILE.csv."""
+    device: Device = "auto"
+    """Where to compute."""
+    max_skipped: float = 0.01
+    """Largest tolerated share of unreadable files."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a run's backbone for use elsewhere."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A finished run folder."""
+    to: Path
+    """FILE.safetensors (timm weights) or FILE.onnx (images in [0, 1] to pooled features)."""
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Classify new images with a fine-tuned classifier."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A folder with classifier.safetensors, written by evaluate or compare."""
+    data: tuple[str, ...]
+    """Images."""
+    out: Path
+    """FILE.csv: name, class, and a column of probabilities per class."""
+    device: Device = "auto"
+    """Where to compute."""
+    max_skipped: float = 0.01
+    """Largest tolerated share of unreadable files."""
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Say what is in a source before anything is spent on it."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Images, with or without class folders."""
+    against: str | None = None
+    """Another source: images that are in both are leaks."""
+    labels: Path | None = None
+    """CSV of name,label for images that are not in class folders."""
+
+
+@dataclass(frozen=True)
+class ListConfig:
+    """Tasks, data sets and a few good backbones."""
+
+    json: bool = False
+    """Machine-readable."""
+
+
+def plain(value: Any) -> Any:
+    """Tuples to lists, paths to text: what JSON gives back after a round trip."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, Path):
+        return value.as_posix()
+    return value

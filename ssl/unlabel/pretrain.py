@@ -1,0 +1,299 @@
+"""THE loop: from images without labels to a backbone. It reads top to bottom and names no task."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import signal
+import sys
+import time
+import types
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from unlabel import checkpoint, distributed, optim
+from unlabel.backbone import Backbone, build_backbone, load_weights, save_backbone
+from unlabel.batches import Batches
+from unlabel.batchnorm import estimate_statistics
+from unlabel.cache import ImageCache, load_cache, write_skipped
+from unlabel.config import PretrainConfig
+from unlabel.draws import mix
+from unlabel.errors import UserError
+from unlabel.plan import Plan, check_settings, freeze_unused, make_plan
+from unlabel.precision import autocast
+from unlabel.previews import save_previews
+from unlabel.runfolder import RunFolder
+from unlabel.signals import Stopped, catch_signals
+from unlabel.sources import open_source
+
+__all__ = ["Together", "pretrain"]
+
+CHECKPOINT_SECONDS = 300
+PREVIEWS = 5  # at 0, 25, 50, 75 and 100 % of the steps
+
+
+class Together(nn.Module):
+    """The backbone and its tasks as one module, so that DDP wraps all of it. Sums the weighted losses."""
+
+    def __init__(self, backbone: Backbone, tasks: dict[str, nn.Module], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.backbone, self.tasks, self.weights = backbone, nn.ModuleDict(tasks), tuple(weights)
+
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss () and everything that is logged, keyed ``task/metric``."""
+        total, values = torch.zeros((), device=batch.images.device), {}
+        for (name, task), weight in zip(self.tasks.items(), self.weights, strict=True):
+            out = task(replace(batch, draws=batch.draws.stream(name)))
+            total = total + weight * out["loss"]
+            values |= {f"{name}/{k}": v.detach() for k, v in out.items()}
+        return total, values
+
+
+def pretrain(config: PretrainConfig, exclude: frozenset[str] = frozenset()) -> Path:
+    """Pretrain, and return the run folder. A run that is already there is continued, or verified if finished.
+
+    ``exclude``: content hashes of images that must not be trained on (``compare`` gives the test images).
+    Raises UserError for what a person can put right, Stopped after a signal.
+    """
+    device = distributed.pick_device(config.device)
+    distributed.start(device)
+    with checkpoint.lock(config.out) if distributed.is_main() else contextlib.nullcontext():
+        return _pretrain(config, device, exclude)
+
+
+def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[str]) -> Path:
+    from pretext import load_task  # here and not above: pretext imports this package
+
+    # ---- 1. The run folder: is there something to continue?
+    say = print if distributed.is_main() else (lambda *_, **__: None)
+    classes = {name: load_task(name) for name in config.tasks}
+    weights = config.weights or (1.0,) * len(classes)
+    check_settings(config, classes, weights)
+    run = RunFolder(config.out)
+    about = run.read()
+
+    # ---- 2. The data, decoded once into the packed cache
+    source = open_source(config.data)
+    fingerprint = _fingerprint(source.fingerprint, exclude)
+    if about is not None:
+        run.same_or_refuse(config.fixed(), fingerprint)
+        if run.finished():
+            say(f"{config.out} is finished and verified: {about['finished']['steps']} steps")
+            return config.out
+    image_size = config.image_size or min(224, max(32, source.median_short_side()))
+    cache = _load(source, image_size, config, exclude)
+    if distributed.is_main():
+        write_skipped(run.path / "skipped.txt", cache.skipped)
+
+    # ---- 3. The model: one backbone, and the heads of the tasks
+    backbone = build_backbone(config.backbone, image_size, config.stem, seed=config.seed)
+    if config.init is not None:
+        load_weights(backbone, config.init / "backbone.safetensors")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(config.seed, "heads"))
+        tasks = {n: cls(backbone, cls.Config(**config.task_settings.get(n, {}))) for n, cls in classes.items()}
+    model = Together(backbone, tasks, weights).to(device=device, memory_format=torch.channels_last)
+    batch_of = Batches(cache, config, device)
+    plan = make_plan(config, image_size, classes, model, batch_of, about)
+    batch_of.plan = plan
+    backbone.frozen = freeze_unused(model, batch_of)
+    resolved = {**vars(plan), "crop": list(plan.crop)}
+    if about is None and distributed.is_main():
+        data = {"spec": list(config.data), "images": len(cache.names), "skipped": len(cache.skipped)}
+        run.begin(config.fixed(), resolved, fingerprint, data)
+    _describe(say, config, plan, cache, model, device)
+
+    # ---- 4. Resume, optimisers, DDP
+    state = checkpoint.load_newest(run.checkpoints)
+    step, seconds, phase = (state["step"], state["seconds"], state["phase"]) if state else (0, 0.0, 0)
+    phases = max(t.phases for t in tasks.values())
+    phase_steps = math.ceil(plan.steps / phases)
+
+    def begin(phase: int) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        for task in tasks.values():
+            task.begin(phase)
+        groups = [g for task in tasks.values() for g in task.param_groups()]
+        optimizers = optim.make_optimizers(backbone, groups, plan.optimizer, plan.lr, plan.weight_decay)
+        return _wrap(model, device), optimizers
+
+    wrapped, optimizers = begin(phase)
+    if state:
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        say(f"continues from step {step} of {plan.steps}")
+    if distributed.is_main():
+        run.cut_metrics(step)
+    if config.compile:
+        backbone.model.compile()
+
+    def save(step: int) -> None:
+        if distributed.is_main():
+            content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+            content |= {"step": step, "seconds": seconds + time.monotonic() - started, "phase": phase}
+            checkpoint.save(run.checkpoints, step, content)
+
+    def preview(step: int) -> None:
+        if distributed.is_main():
+            batch = batch_of.fixed()
+            torch.manual_seed(mix(config.seed, "preview"))
+            save_previews(tasks, {n: replace(batch, draws=batch.draws.stream(n)) for n in tasks}, run.previews, step)
+
+    # ---- 5. The loop
+    every_log = config.log_every or max(1, plan.steps // 200)
+    every_save = config.checkpoint_every or max(1, round(len(cache.names) / plan.batch_size))
+    preview_at = {round(plan.steps * k / (PREVIEWS - 1)) for k in range(PREVIEWS)}
+    started = last_save = last_log = time.monotonic()
+    sums: dict[str, Tensor] = {}
+    if step == 0:
+        preview(0)
+    bar = tqdm(
+        total=plan.steps * plan.batch_size, initial=step * plan.batch_size, unit="img", unit_scale=True,
+        desc="+".join(tasks), disable=not distributed.is_main(), mininterval=1.0, dynamic_ncols=True,
+    )  # fmt: skip
+    with catch_signals() as caught, bar:
+        while step < plan.steps:
+            if step // phase_steps != phase:
+                phase = step // phase_steps
+                wrapped, optimizers = begin(phase)
+            torch.manual_seed(mix(config.seed, step, distributed.rank()))
+            batch = batch_of(step, progress=(step - phase * phase_steps) / phase_steps)
+            optim.set_rates(optimizers, optim.rate_at(batch.progress, config.warmup, plan.schedule))
+            wrapped.train()
+            with autocast(device, plan.precision):
+                loss, values = wrapped(batch)
+            loss.backward()
+            trained = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+            if config.clip > 0:
+                torch.nn.utils.clip_grad_norm_(trained, config.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            step += 1
+            bar.update(plan.batch_size)
+
+            for k, v in {"loss": loss.detach(), **values}.items():
+                sums[k] = sums.get(k, 0) + v  # no .item(): it would wait for the device
+            due = time.monotonic() - last_save > CHECKPOINT_SECONDS or step % every_save == 0 or step == plan.steps
+            if step % every_log == 0 or step == plan.steps or due:
+                if not bool(torch.isfinite(sums["loss"])):
+                    raise UserError(_not_finite(step, values, run))
+            if step % every_log == 0 or step == plan.steps:
+                n = (step - 1) % every_log + 1
+                speed = n * plan.batch_size / (time.monotonic() - last_log)
+                line = _log_line(sums, n, step, plan, len(cache.names), optimizers, speed, batch, tasks)
+                if distributed.is_main():
+                    run.log(line)
+                bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+                sums, last_log = {}, time.monotonic()
+            if step in preview_at:
+                preview(step)
+            signum = distributed.any_rank(bool(caught), device) and (caught[0] if caught else signal.SIGTERM)
+            if due or signum:
+                save(step)
+                last_save = time.monotonic()
+            if signum:
+                raise Stopped(signum, step)
+
+    # ---- 6. The product: BatchNorm statistics on clean images, then weights only
+    seconds += time.monotonic() - started
+    if distributed.is_main():
+        torch.manual_seed(mix(config.seed, "finish"))
+        estimate_statistics(backbone, batch_of.clean())
+        path = save_backbone(backbone, run.path)
+        run.finish(path, {"steps": plan.steps, "images_seen": plan.steps * plan.batch_size, "seconds": seconds})
+    distributed.barrier()
+    say(f"{run.path / 'backbone.safetensors'}: {plan.steps} steps, {plan.steps * plan.batch_size:,} images seen")
+    return run.path
+
+
+def _fingerprint(fingerprint: str, exclude: frozenset[str]) -> str:
+    if not exclude:
+        return fingerprint
+    return hashlib.sha256(json.dumps([fingerprint, sorted(exclude)]).encode()).hexdigest()
+
+
+def _load(source: Any, image_size: int, config: PretrainConfig, exclude: frozenset[str]) -> ImageCache:
+    """Rank 0 packs; the others wait and map the same file."""
+    options: dict[str, Any] = {"max_skipped": config.max_skipped, "workers": config.workers}
+    if distributed.is_main():
+        cache = load_cache(source, image_size, **options)
+        distributed.barrier()
+    else:
+        distributed.barrier()
+        cache = load_cache(source, image_size, progress=False, **options)
+    if exclude:
+        cache = cache.subset(np.flatnonzero([h not in exclude for h in cache.hashes]))
+    if not cache.names:
+        raise UserError(f"no usable image in {source.spec}: `unlabel check` says what is there")
+    return cache
+
+
+def _wrap(model: Together, device: torch.device) -> nn.Module:
+    if distributed.world_size() == 1:
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+
+def _log_line(
+    sums: dict[str, Tensor], n: int, step: int, plan: Plan, images: int,
+    optimizers: list[torch.optim.Optimizer], speed: float, batch: Any, tasks: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    means = {k: float(v) / n for k, v in sums.items()}
+    with torch.no_grad():
+        trivial = {
+            f"{name}/{k}": float(v)
+            for name, task in tasks.items()
+            for k, v in task.trivial(replace(batch, draws=batch.draws.stream(name))).items()
+        }
+    return {
+        "step": step,
+        "epoch": round(step * plan.batch_size / images, 4),
+        "loss": means.pop("loss"),
+        "metrics": means,
+        "trivial": trivial,
+        "lr": optimizers[0].param_groups[0]["lr"],
+        "images_per_second": round(speed, 1),
+    }
+
+
+def _not_finite(step: int, values: dict[str, Tensor], run: RunFolder) -> str:
+    bad = [k for k, v in values.items() if not bool(torch.isfinite(v).all())]
+    what = ", ".join(bad) or "the loss"
+    last = max((p.name for p in run.checkpoints.glob("step-*.pt")), default="none")
+    return f"{what} is not finite near step {step} (last good checkpoint: {last}): try a lower --lr or --precision fp32"
+
+
+def _describe(
+    say: Any, config: PretrainConfig, plan: Plan, cache: ImageCache, model: Together, device: torch.device
+) -> None:
+    weights = sum(p.numel() for p in model.backbone.parameters())
+    skipped = f", {len(cache.skipped)} skipped (skipped.txt)" if cache.skipped else ""
+    say(
+        f"data: {len(cache.names):,} images{skipped}; {plan.image_size} px; backbone {config.backbone}, {weights / 1e6:.1f} M weights"
+    )
+    say(
+        f"{plan.optimizer}, peak lr {plan.lr:g}, weight decay {plan.weight_decay:g}, batch {plan.batch_size}, {plan.precision} on {device}, {distributed.world_size()} process(es)"
+    )
+    if model.backbone.frozen:
+        say(f"without gradient, frozen: {', '.join(model.backbone.frozen)}")
+
+
+class _CallableModule(types.ModuleType):
+    """``unlabel.pretrain`` is both this module and the public function: importing the one must not hide the other."""
+
+    def __call__(self, config: PretrainConfig, exclude: frozenset[str] = frozenset()) -> Path:
+        return pretrain(config, exclude)
+
+
+sys.modules[__name__].__class__ = _CallableModule

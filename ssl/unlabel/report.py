@@ -1,0 +1,94 @@
+"""The report: results.json and the run folders -> one self-contained HTML page.
+
+The page needs no network and runs no script: charts are inline SVG, pictures are embedded, and a content
+policy forbids everything else. Whatever comes from the data (names of classes, files, arms, settings) is
+escaped. Free of torch.
+
+The parts: `report_text` (the answer, the plain table), `report_plots` and `report_charts` (SVG),
+`report_results` and `report_origin` (the two halves of the page), `report.css` (light, dark and print).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from unlabel import report_charts, report_origin, report_results
+from unlabel.errors import UserError
+from unlabel.report_text import answer, format_table, title
+
+__all__ = ["accuracy_svg", "answer", "format_table", "write_report"]
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{title}</title>
+<style>
+{css}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def write_report(folder: Path) -> Path:
+    """Write `folder`/report.html from `folder`/results.json and the runs it names, and return its path.
+
+    Sections without data are left out. Raises UserError where results.json is missing, broken, or of another
+    schema.
+    """
+    results = _read_results(folder)
+    runs = report_charts.read_runs(folder, results)
+    sections = [
+        report_results.head(results),
+        report_results.accuracy(results),
+        report_results.differences(results),
+        report_results.stages(results),
+        report_origin.pretraining(runs, results),
+        report_origin.cost(results),
+        report_origin.chosen(results),
+        report_origin.reading(results),
+        report_origin.provenance(folder, results, runs),
+    ]
+    page = _PAGE.format(title=escape(title(results)), css=_css(), body="\n".join(filter(None, sections)))
+    path = folder / "report.html"
+    partial = folder / "report.html.tmp"
+    # A lone surrogate from a stranger's file name cannot be written as UTF-8.
+    partial.write_text(page, encoding="utf-8", errors="replace")
+    os.replace(partial, path)  # never half a page
+    return path
+
+
+def accuracy_svg(results: dict[str, Any]) -> str:
+    """Accuracy against labels per class with bands, as an SVG document of its own; "" without results."""
+    return report_charts.accuracy_svg(results, _css())
+
+
+def _css() -> str:
+    return Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+
+
+def _read_results(folder: Path) -> dict[str, Any]:
+    path = folder / "results.json"
+    if not path.is_file():
+        raise UserError(
+            f"no results.json in {folder}; give the --out folder of `unlabel compare` or `unlabel evaluate`"
+        )
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); run the command that wrote it again") from None
+    if not isinstance(results, dict) or results.get("schema", 1) != 1:
+        raise UserError(f"{path} does not follow schema 1; make the report with the version that wrote it")
+    return results

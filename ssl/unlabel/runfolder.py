@@ -1,0 +1,141 @@
+"""The run folder: config.json, metrics.jsonl, the question whether a run may be continued or is finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from unlabel.checkpoint import file_sha256, write_atomic
+from unlabel.errors import UserError
+
+__all__ = ["RunFolder", "hardware", "versions"]
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("unlabel", "torch", "torchvision", "timm", "scikit-learn", "numpy", "pillow"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError, AttributeError):
+        memory = None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu, "memory_gb": memory}
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        out = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        return out.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class RunFolder:
+    """Paths and small files of one run; the checkpoints themselves are unlabel.checkpoint's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.previews = path / "previews"
+        self.about: dict[str, Any] = {}
+
+    def read(self) -> dict[str, Any] | None:
+        """config.json, or None where the run has not begun."""
+        file = self.path / "config.json"
+        try:
+            self.about = json.loads(file.read_text())
+            self.about["settings"], self.about["fingerprint"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UserError(f"{file} is not a run's config ({error}): choose another --out") from None
+        return self.about
+
+    def same_or_refuse(self, settings: dict[str, Any], fingerprint: str) -> None:
+        """A run is continued only with the settings and the data that it was begun with."""
+        old = self.about["settings"]
+        differing = [
+            f"{k} was {old.get(k)!r}, now {settings.get(k)!r}"
+            for k in sorted(old.keys() | settings.keys())
+            if old.get(k) != settings.get(k)
+        ]
+        if self.about["fingerprint"] != fingerprint:
+            differing.append("data (other names or sizes of files)")
+        if differing:
+            raise UserError(
+                f"{self.path} holds a run with other settings: {'; '.join(differing)}. Choose another --out"
+            )
+
+    def begin(self, settings: dict[str, Any], resolved: dict[str, Any], fingerprint: str, data: dict[str, Any]) -> None:
+        self.about = {
+            "settings": settings,
+            "resolved": resolved,
+            "fingerprint": fingerprint,
+            "data": data,
+            "versions": versions(),
+            "hardware": hardware(),
+            "commit": _commit(),
+        }
+        self.write()
+
+    def write(self) -> None:
+        text = json.dumps(self.about, indent=2, ensure_ascii=False) + "\n"
+        write_atomic(self.path / "config.json", text.encode("utf-8", "surrogateescape"))
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop lines beyond the checkpoint: those steps are run again. A line cut short by a kill goes too."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue
+        write_atomic(self.metrics, "".join(x + "\n" for x in kept).encode())
+
+    def log(self, line: dict[str, Any]) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def finish(self, backbone: Path, result: dict[str, Any]) -> None:
+        self.about["finished"] = {**result, "backbone_sha256": file_sha256(backbone)}
+        self.write()
+
+    def finished(self) -> bool:
+        """True if the run is done and its product is what was written; an error where the product was changed."""
+        done = self.about.get("finished")
+        if not done:
+            return False
+        backbone = self.path / "backbone.safetensors"
+        if not backbone.exists():
+            raise UserError(
+                f"{self.path} is finished but backbone.safetensors is gone: restore it or choose another --out"
+            )
+        if file_sha256(backbone) != done["backbone_sha256"]:
+            raise UserError(f"{backbone} is not the file that this run wrote (checksum differs)")
+        return True

@@ -1,0 +1,285 @@
+"""Where images come from: a folder, tar archives, or a named data set, all read by index.
+
+A source is a list of images in the order of their names, which are relative to the source and use "/", so
+that a folder and an archive of the same tree are the same source. Reading goes in the order of storage, once.
+"""
+
+import contextlib
+import csv
+import functools
+import glob
+import hashlib
+import io
+import itertools
+import os
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from unlabel.errors import UserError
+from unlabel.listing import Entry, Found, list_archive, list_folder, unpacked
+from unlabel.named import DATASETS, SPLITS, cache_root, open_named, own_test_split
+
+__all__ = ["DATASETS", "Source", "available_formats", "cache_root", "open_source", "own_test_split"]
+
+# What Pillow may try. Formats without a signature (TGA, PCX) would accept noise; EPS would start Ghostscript.
+_FORMATS = ["JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "ICO"]
+_ARCHIVE = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
+_HEAD_BYTES = 1 << 18  # the header of any common image, even behind a colour profile and a thumbnail
+_SAMPLE = 200
+
+
+class Source:
+    """Images by index, in the order of their names.
+
+    Attributes: `spec` as the user wrote it; `names` relative to the source; `sizes` in bytes; `labels` per
+    image (the first-level folder, or from a CSV), None where an image has none; `skipped` (name, reason) of
+    what could not even be listed; `ignored`, the number of files that are not images by their suffix;
+    `left_out`, the number of images without a label in the CSV.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        entries: Sequence[Entry],
+        skipped: Sequence[tuple[str, str]] = (),
+        ignored: int = 0,
+        csv_labels: dict[str, str] | None = None,
+    ) -> None:
+        kept = [e for e in entries if csv_labels is None or e.name in csv_labels]
+        self.spec = spec
+        self.entries = sorted(kept, key=lambda entry: (entry.name, entry.size))
+        self.names = [entry.name for entry in self.entries]
+        self.sizes = [entry.size for entry in self.entries]
+        self.skipped = list(skipped)
+        self.ignored = ignored
+        self.left_out = len(entries) - len(kept)
+        self.outside = [name for name in self.names if "/" not in name]  # in no class folder
+        self.labels: list[str] | None = None
+        if csv_labels is not None:
+            self.labels, self.outside = [csv_labels[name] for name in self.names], []
+        elif not self.outside:
+            self.labels = [name.split("/", 1)[0] for name in self.names]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def require_labels(self) -> list[str]:
+        """The label of every image. Raises UserError if one has none or there are fewer than two classes."""
+        advice = "put the images of each class in a folder of its own, or give --labels FILE.csv (name,label)"
+        if self.labels is None:
+            some = "no image is" if len(self.outside) == len(self) else f"{self.outside[0]!r} is not"
+            raise UserError(f"{self.spec}: {some} in a class folder; {advice}")
+        if len(classes := set(self.labels)) < 2:
+            raise UserError(f"{self.spec} has only one class, {classes.pop()!r}, and two are needed; {advice}")
+        return self.labels
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the sorted (relative name, size): where the images lie does not matter."""
+        digest = hashlib.sha256()
+        for name, size in zip(self.names, self.sizes, strict=True):
+            digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    def read(
+        self, indices: Sequence[int] | None = None, limit: int | None = None
+    ) -> Iterator[tuple[int, Callable[[], bytes]]]:
+        """Each index once, in the order of storage, with a function that gives its bytes or raises OSError.
+
+        The functions may be called in other threads, so that files are read in parallel. A compressed
+        archive is unpacked once, by the iteration itself.
+        """
+        wanted = range(len(self)) if indices is None else indices
+        order = sorted(wanted, key=lambda i: (self.entries[i].path, self.entries[i].offset))
+        for (path, packed), group in itertools.groupby(
+            order,
+            key=lambda i: (self.entries[i].path if self.entries[i].packed else "", self.entries[i].packed),
+        ):
+            if not packed:
+                for i in group:
+                    yield i, functools.partial(self.entries[i].load, limit)
+                continue
+            with unpacked(path) as stream:
+                for i in group:
+                    stream.seek(self.entries[i].offset)
+                    data = stream.read(self.entries[i].size)
+                    yield i, functools.partial(bytes, data if limit is None else data[:limit])
+
+    @functools.cached_property
+    def _sample(self) -> tuple[int | None, str]:
+        """Median short side, and SHA-256 of the first bytes, of up to 200 evenly spaced images; one pass."""
+        step = max(1, len(self) / _SAMPLE)
+        indices = sorted({int(step * i) for i in range(min(_SAMPLE, len(self)))})
+        heads: dict[int, bytes] = {}
+        for i, load in self.read(indices, _HEAD_BYTES):
+            with contextlib.suppress(OSError):
+                heads[i] = load()
+        sides = [side for i in indices if (side := _short_side(heads.get(i, b"")))]
+        if not sides and not any(entry.packed for entry in self.entries):
+            for _, load in self.read(indices):  # some TIFFs keep their header at the end
+                with contextlib.suppress(OSError):
+                    sides.append(_short_side(load()))
+        digest = hashlib.sha256()
+        for i in indices:
+            digest.update(hashlib.sha256(heads.get(i, b"")).digest())
+        sides = [side for side in sides if side]
+        return (int(statistics.median(sides)) if sides else None), digest.hexdigest()
+
+    def median_short_side(self) -> int:
+        """Median of the images' short sides in pixels, from the headers of up to 200. Raises UserError."""
+        side = self._sample[0]
+        if side is None:
+            raise UserError(f"none of the images looked at in {self.spec} can be read; see unlabel check {self.spec}")
+        return side
+
+    def content_sample(self) -> str:
+        """A digest of the first bytes of some images: tells apart what agrees in all names and sizes."""
+        return self._sample[1]
+
+
+def open_source(specs: str | Sequence[str], labels: Path | None = None) -> Source:
+    """The images of one or several SOURCEs together.
+
+    A spec is a folder, a tar archive (compressed or not), a pattern of archives such as
+    shards/{000..009}.tar or shards/*.tar, or the name of a data set; what exists on disk wins over a name.
+    `labels` is a CSV of name,label; images that are not in it are left out. Names of several sources may
+    coincide.
+    Raises UserError for what does not exist, cannot be read, or holds no image.
+    """
+    specs = [specs] if isinstance(specs, str) else list(specs)
+    if not specs:
+        raise UserError("no source given; name a folder of images, a .tar, or a data set")
+    found = Found()
+    for spec in specs:
+        part = _list_spec(spec)
+        if not part.entries:
+            more = f"; {part.ignored:,} other files were ignored" if part.ignored else ""
+            more += f"; {part.skipped[0][0]!r}: {part.skipped[0][1]}" if part.skipped else ""
+            raise UserError(f"there are no images in {spec}{more}; give a folder that holds images, at any depth")
+        found.entries += part.entries
+        found.skipped += part.skipped
+        found.ignored += part.ignored
+    csv_labels = None if labels is None else read_labels(Path(labels), [entry.name for entry in found.entries])
+    return Source(" ".join(specs), found.entries, found.skipped, found.ignored, csv_labels)
+
+
+def _list_spec(spec: str) -> Found:
+    if os.path.isdir(spec):
+        return list_folder(spec)
+    if os.path.isfile(spec):
+        if not _ARCHIVE.search(spec):
+            raise UserError(f"{spec} is one file, not a source; give the folder that holds it, or a .tar")
+        return list_archive(spec)
+    name, _, split = spec.partition(":")
+    if name in DATASETS:
+        if (split or "train") not in SPLITS[name]:
+            raise UserError(f"{name} has no split {split!r}; it has {', '.join(SPLITS[name])}")
+        return open_named(name, split or "train")
+    if not re.search(r"[*?{\[]", spec):
+        names = ", ".join(DATASETS)
+        raise UserError(f"there is no file, folder or data set {spec!r}; check the path (data sets: {names})")
+    found = Found()
+    for shard in _expand(spec):
+        part = list_archive(shard)
+        found.entries += part.entries
+        found.skipped += part.skipped
+        found.ignored += part.ignored
+    return found
+
+
+def _expand(pattern: str) -> list[str]:
+    """Archive paths from a pattern with {000..009}, {a,b} and *."""
+
+    def braces(text: str) -> list[str]:
+        if not (match := re.search(r"\{([^{}]*)\}", text)):
+            return [text]
+        if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+            low, high = int(numbers[1]), int(numbers[2])
+            if high < low:
+                raise UserError(f"{{{match[1]}}} in {pattern} counts down; write the smaller number first")
+            width = len(numbers[1]) if len(numbers[1]) == len(numbers[2]) or numbers[1].startswith("0") else 0
+            values = [str(i).zfill(width) for i in range(low, high + 1)]
+        else:
+            values = match[1].split(",")
+        return [path for v in values for path in braces(text[: match.start()] + v + text[match.end() :])]
+
+    paths, missing = [], []
+    for path in braces(pattern):
+        hits = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+        paths += hits
+        missing += [] if hits else [path]
+    if missing:
+        raise UserError(f"{len(missing)} of {pattern} not found, the first is {missing[0]}; check the pattern")
+    if others := [path for path in paths if not _ARCHIVE.search(path)]:
+        raise UserError(f"{pattern} also stands for {others[0]}, which is no .tar; give the folder instead")
+    return list(dict.fromkeys(paths))
+
+
+def read_labels(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """Relative name -> label. A row gives the relative name, or the file name where that is unique."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the labels in {path} ({error}); give a CSV file in UTF-8") from None
+    first = text.split("\n", 1)[0]
+    delimiter = max(",;\t", key=first.count)  # spreadsheets write semicolons where the comma is decimal
+    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), delimiter=delimiter)]
+    rows = [row for row in rows if any(row)]
+    name_at, label_at = 0, 1
+    if rows:
+        header = [cell.lower() for cell in rows[0]]
+        is_name = [cell in ("name", "file", "filename", "file_name", "image", "path", "id") for cell in header]
+        is_label = [cell in ("label", "class", "category", "target") for cell in header]
+        if any(is_label) or is_name[0]:
+            name_at = is_name.index(True) if any(is_name) else 0
+            label_at = is_label.index(True) if any(is_label) else 1
+            rows = rows[1:]
+    known, bare = Counter(names), Counter(name.rsplit("/", 1)[-1] for name in names)
+    full = {name.rsplit("/", 1)[-1]: name for name in names}
+    labels: dict[str, str] = {}
+    unknown: list[str] = []
+    for row in rows:
+        if len(row) <= max(name_at, label_at):
+            raise UserError(f"{path} has a row without a label column: {row}; each row is name,label")
+        name, label = row[name_at].replace("\\", "/").removeprefix("./"), row[label_at]
+        if not label:
+            continue  # not labelled yet
+        if name not in known and bare[name] == 1:
+            name = full[name]
+        if max(known[name], bare[name] if name not in known else 0) > 1:
+            raise UserError(f"{name!r} in {path} stands for several images; write its folder too")
+        if name not in known:
+            unknown.append(name)
+        elif labels.setdefault(name, label) != label:
+            raise UserError(f"{path} gives {name!r} both as {labels[name]!r} and as {label!r}; keep one")
+    if unknown:
+        some = ", ".join(map(repr, unknown[:3])) + (" …" if len(unknown) > 3 else "")
+        raise UserError(f"{len(unknown):,} names in {path} are not in the source: {some}; names are like {names[0]!r}")
+    if not labels:
+        raise UserError(f"{path} holds no labels; each row is name,label")
+    return labels
+
+
+def _short_side(data: bytes) -> int:
+    """Short side of an image in pixels from its header, 0 if it cannot be told."""
+    import warnings
+
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return min(Image.open(io.BytesIO(data), formats=available_formats()).size)
+    except Exception:  # Pillow's plugins raise nearly anything on a damaged header
+        return 0
+
+
+def available_formats() -> list[str]:
+    """Formats that Pillow may try, as far as it was built with them."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]

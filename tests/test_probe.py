@@ -1,0 +1,183 @@
+"""The probe is scikit-learn's logistic regression, on raw features, and chooses inside the labels only."""
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression
+
+from downstream import choosing, probe
+from downstream.features import StageFeatures, block_stats, feature_stats, standardised
+from downstream.knn import fit_knn
+from downstream.label_draws import LabelDraws
+from downstream.probe import FIXED_C, fit_head, fit_probe
+
+BOTH = [fit_probe, fit_knn]
+
+
+def make(n=900, classes=2, width=40, signal=(0.0, 1.2), seed=0):
+    """Features of stages a and b whose first dimension per class carries `signal`; raw scales far from 1."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % classes
+    two = {}
+    for stage, strength in zip("ab", signal, strict=True):
+        x = rng.normal(size=(n, 4 * width))
+        x[:, :classes] += strength * np.eye(classes)[y]
+        two[stage] = (x * rng.uniform(0.1, 10, 4 * width) + rng.normal(0, 5, 4 * width)).astype(np.float32)
+    one = {stage: x.reshape(n, width, 4).mean(axis=2) for stage, x in two.items()}
+    return StageFeatures(one, two), y
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("per_class", [1, 4, 300])
+def test_equals_scikit_learn(classes, per_class):
+    """Fewer labels than features (rotated) and more (not), two classes and three; C and features as chosen."""
+    features, y = make(classes=classes)
+    stats = feature_stats(features)
+    train = LabelDraws(y, per_class, 1).indices(0, per_class)
+    result = fit_probe(features, train, y[train], stats, per_class)
+    everything = np.arange(len(y))
+    z = standardised(features, result.blocks, stats, everything)
+    reference = LogisticRegression(C=result.chosen["C"], tol=1e-8, max_iter=5000).fit(z[train], y[train])
+    np.testing.assert_allclose(softmax(result.logits(features), axis=1), reference.predict_proba(z), atol=2e-4)
+    few = np.array([7, 3])
+    assert np.array_equal(result.predict(features, few), reference.predict(z)[few])
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_head_on_raw_features_equals_scikit_learn(classes):
+    features, y = make(classes=classes)
+    x, n = features.one["b"], 60
+    stats = block_stats(x)
+    weights, bias = fit_head(x[:n], y[:n], stats, c=3.0)
+    assert weights.shape == (classes, x.shape[1])
+    assert bias.shape == (classes,)
+    z = (x - x.mean(axis=0)) / x.std(axis=0) / np.sqrt(x.shape[1])
+    reference = LogisticRegression(C=3.0, tol=1e-8, max_iter=5000).fit(z[:n], y[:n])
+    np.testing.assert_allclose(softmax(x @ weights.T + bias, axis=1), reference.predict_proba(z), atol=2e-4)
+
+
+def test_scale_and_offset_of_the_features_do_not_matter():
+    features, y = make()
+    moved = StageFeatures(
+        {k: (v * 3 + 2).astype(np.float32) for k, v in features.one.items()},
+        {k: (v * 0.2 - 9).astype(np.float32) for k, v in features.two.items()},
+    )
+    train = LabelDraws(y, 30, 1).indices(0, 30)
+    for fit in BOTH:
+        here = fit(features, train, y[train], feature_stats(features), 30)
+        there = fit(moved, train, y[train], feature_stats(moved), 30)
+        assert here.chosen == there.chosen
+        assert (here.predict(features) == there.predict(moved)).mean() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("per_class", "varied"), [(1, set()), (4, set()), (5, {"C"}), (24, {"C"}), (25, {"C", "features"})]
+)
+def test_what_is_chosen_follows_the_table(per_class, varied):
+    features, y = make(signal=(2.0, 0.0))  # all the signal is where fewer than 25 labels may not go alone
+    train = LabelDraws(y, per_class, 1).indices(0, per_class)
+    result = fit_probe(features, train, y[train], feature_stats(features), per_class)
+    if "C" not in varied:
+        assert result.chosen["C"] == FIXED_C
+        assert not result.on_grid_edge
+    assert (result.chosen["features"] != "a+b 2x2") == ("features" in varied)
+    if "features" in varied:
+        assert result.chosen["features"].startswith("a ")
+
+
+def test_a_stage_alone():
+    features, y = make()
+    train = LabelDraws(y, 30, 1).indices(0, 30)
+    stats = feature_stats(features)
+    for fit in BOTH:
+        accuracy = {}
+        for stage in features.stages:
+            result = fit(features, train, y[train], stats, 30, stage=stage)
+            assert {s for s, _ in result.blocks} == {stage}
+            accuracy[stage] = (result.predict(features) == y).mean()
+        assert accuracy["b"] > accuracy["a"] + 0.1
+
+
+@pytest.mark.parametrize("fit", BOTH)
+@pytest.mark.parametrize("per_class", [10, 50])
+def test_permuted_test_labels_change_no_choice(fit, per_class):
+    """Nor do the test images: whatever stands outside the training rows, the same probe comes out."""
+    features, y = make()
+    stats = feature_stats(features)
+    train = LabelDraws(y, per_class, 1).indices(0, per_class)
+    test = np.setdiff1d(np.arange(len(y)), train)
+    rng = np.random.default_rng(1)
+    shuffled = y.copy()
+    shuffled[test] = rng.permutation(y[test])
+    noise = {k: v.copy() for k, v in features.two.items()}
+    for x in noise.values():
+        x[test] = rng.normal(size=x[test].shape)
+    here = fit(features, train, y[train], stats, per_class)
+    there = fit(StageFeatures(features.one, noise), train, shuffled[train], stats, per_class)
+    assert (here.chosen, here.on_grid_edge) == (there.chosen, there.on_grid_edge)
+    assert np.array_equal(here.predict(features, test), there.predict(features, test))
+
+
+@pytest.mark.parametrize("fit", BOTH)
+@pytest.mark.parametrize("per_class", [3, 10, 30])
+def test_permuted_training_labels_give_chance(fit, per_class):
+    features, y = make(n=2000, signal=(1.0, 2.0))
+    stats = feature_stats(features)
+    draws = LabelDraws(y, per_class, 12)
+    right, honest = [], []
+    for d in range(12):
+        train = draws.indices(d, per_class)
+        test = np.setdiff1d(np.arange(len(y)), train)
+        permuted = np.random.default_rng(d).permutation(y[train])
+        right.append((fit(features, train, permuted, stats, per_class, d).predict(features, test) == y[test]).mean())
+        if d == 0:
+            honest = (fit(features, train, y[train], stats, per_class, d).predict(features, test) == y[test]).mean()
+    assert abs(np.mean(right) - 0.5) < 4 * np.std(right, ddof=1) / np.sqrt(12) + 0.01
+    assert np.mean(right) < 0.58 < honest or per_class == 3
+
+
+def test_all_labels_of_unequal_classes():
+    features, y = make(n=3000, classes=3)
+    keep = np.concatenate([np.flatnonzero(y == c)[:n] for c, n in enumerate((900, 40, 5))])
+    for fit in BOTH:
+        result = fit(features, keep, y[keep], feature_stats(features), "all")
+        assert (result.predict(features) == y).mean() > 0.34
+        assert len(np.unique(result.predict(features, keep))) >= 2
+
+
+def test_choices_on_many_labels_are_made_on_some_of_each_class(monkeypatch):
+    y = np.repeat([0, 1, 2], [9000, 990, 10])
+    keep = choosing.subsample(y, 0)
+    assert np.bincount(y[keep]).tolist() == [1800, 198, 10]
+    assert np.array_equal(keep, choosing.subsample(y, 0))
+    assert all(len(np.unique(y[keep][fit])) == 3 for fit, _ in choosing.splits(y[keep], 10, 0))
+
+
+@pytest.mark.parametrize("per_class", [2, 5, 7, 30])
+def test_folds_are_stratified_and_judge_every_label_as_often(per_class):
+    y = np.tile(np.arange(3), per_class)
+    folds = choosing.splits(y, per_class, 0)
+    times = np.zeros(len(y), int)
+    for fit, held_out in folds:
+        assert not set(fit) & set(held_out)
+        assert len(np.unique(y[fit])) == 3
+        times[held_out] += 1
+    assert (times == (1 if per_class >= 25 else 5)).all()
+
+
+def test_one_standard_error_rule_by_hand():
+    # Means 0.40, 0.34, 0.30, 0.35; the lowest has a standard error of 0.2 / sqrt(4) * sqrt(4 / 3) = 0.115.
+    losses = np.array([[0.4] * 4, [0.34] * 4, [0.1, 0.5, 0.1, 0.5], [0.35] * 4])
+    assert choosing.one_standard_error(losses) == 0
+    losses[0] = 0.42
+    assert choosing.one_standard_error(losses) == 1
+    losses[1] = 0.42
+    assert choosing.one_standard_error(losses) == 2
+
+
+def test_grid_edge_is_reported():
+    features, y = make(signal=(0.0, 0.0))
+    train = LabelDraws(y, 10, 1).indices(0, 10)
+    result = fit_probe(features, train, y[train], feature_stats(features), 10)
+    assert result.chosen["C"] == min(probe.GRID_C)  # nothing to find: the strongest regularisation
+    assert result.on_grid_edge
