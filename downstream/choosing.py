@@ -3,7 +3,7 @@
 | labels per class | features | C of the probe, k of the k-NN |
 | --- | --- | --- |
 | 1-4 | the last two stages pooled 2x2 | fixed |
-| 5-24 | the same | stratified 5-fold cross-validation, repeated five times |
+| 5-24 | the same | stratified 5-fold cross-validation, repeated three times |
 | 25 and more | each stage 1x1, each stage 2x2, the last two 2x2 | stratified 5-fold cross-validation |
 
 Among feature sets the lowest cross-validated loss wins. Within the winner, the one-standard-error rule
@@ -49,7 +49,7 @@ def splits(y: np.ndarray, per_class: int, seed: int) -> list[Split]:
     every fold has every class. The same for every arm and every feature set."""
     smallest = int(np.bincount(y).min())
     folder = RepeatedStratifiedKFold(
-        n_splits=min(5, smallest), n_repeats=1 if per_class >= MANY else 5, random_state=seed
+        n_splits=min(5, smallest), n_repeats=1 if per_class >= MANY else 3, random_state=seed
     )
     return list(folder.split(y, y))
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from unlabel.augment import clean, colour_jitter, random_view
-from unlabel.backbone import Backbone
+from unlabel.backbone import Backbone, channels_last
 from unlabel.draws import Draws, mix
 from unlabel.errors import UserError
 from unlabel.order import batch_at
@@ -138,9 +138,9 @@ def _train(
     start: Backbone, head: tuple[np.ndarray, np.ndarray] | None, images: np.ndarray, y: np.ndarray,
     classes: int, preset: Preset, seed: int, device: torch.device, on_step: Callable[[int], None] | None,
 ) -> Classifier:  # fmt: skip
-    """``preset.steps`` steps on images (n, R, R, 3) uint8 with labels y (n,). Returns averaged weights, in eval mode."""
+    """``preset.steps`` steps on images (n, R, R, 3) uint8 with labels y (n,). Returns averaged weights."""
     torch.manual_seed(mix(seed, "finetune"))
-    model = Classifier(copy.deepcopy(start), classes).to(device=device, memory_format=torch.channels_last)
+    model = channels_last(Classifier(copy.deepcopy(start), classes).to(device))
     with torch.no_grad():
         if head is not None:
             model.head.weight.copy_(torch.as_tensor(head[0]))

@@ -12,12 +12,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-
-from pretext.decoder import Decoder, denormalise, feature_side, squared_error, weighted_error
-from pretext.task import Batch, PretextTask, Recipe
 from unlabel.backbone import Backbone
 from unlabel.draws import Draws
 from unlabel.errors import UserError
+
+from pretext.decoder import Decoder, denormalise, feature_side, squared_error, weighted_error
+from pretext.task import Batch, PretextTask, Recipe
 
 __all__ = ["Denoising", "corrupt"]
 
@@ -33,7 +33,7 @@ class Config:
     level: tuple[float, ...] | None = None
     """Fixed, or two numbers to draw each image's from: standard deviation, or share of the pixels."""
     alpha: float = 1.0
-    """Weight of an error where the image was corrupted (masking, salt-and-pepper; Vincent 2010, equation 11)."""
+    """Weight of an error where the image was corrupted (masking, salt-and-pepper; Vincent 2010)."""
     beta: float = 1.0
     """Weight of an error where it was not; 0 looks at the corrupted pixels alone."""
 

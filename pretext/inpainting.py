@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from pretext.decoder import Decoder, denormalise, feature_side, resize, squared_error, weighted_error
-from pretext.task import Batch, PretextTask, Recipe
 from unlabel.backbone import Backbone
 from unlabel.draws import Draws
 from unlabel.errors import UserError
+
+from pretext.decoder import Decoder, denormalise, feature_side, resize, squared_error, weighted_error
+from pretext.task import Batch, PretextTask, Recipe
 
 __all__ = ["ChannelWise", "Inpainting", "band_around", "draw_hidden"]
 

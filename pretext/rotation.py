@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
-
-from pretext.task import Batch, PretextTask, Recipe
 from unlabel.augment import colour_jitter
 from unlabel.backbone import Backbone
+
+from pretext.task import Batch, PretextTask, Recipe
 
 __all__ = ["Rotation", "four_rotations"]
 
@@ -44,27 +44,25 @@ def four_rotations(images: Tensor) -> tuple[Tensor, Tensor]:
 def residual_block(channels: int) -> BasicBlock:
     """A basic block of stride 2: what would be the network's next stage, at a quarter of its cost."""
     shortcut = nn.Sequential(nn.Conv2d(channels, channels, 1, stride=2, bias=False), nn.BatchNorm2d(channels))
-    return BasicBlock(channels, channels, stride=2, downsample=shortcut)
+    block = BasicBlock(channels, channels, stride=2, downsample=shortcut)
+    block.zero_init_last()  # starts as the shortcut alone
+    return block
 
 
 class Rotation(PretextTask):
     Config = Config
     metrics = {"accuracy": "max", "half_turn_accuracy": "max", "quarter_turn_accuracy": "max"}  # noqa: RUF012
-    recipe = Recipe(optimizer="sgd", lr=0.15, weight_decay=5e-4, batch_size=64, progressive=True)
+    recipe = Recipe(optimizer="adamw", lr=4e-3, weight_decay=0.05, batch_size=64, progressive=True)
     config: Config
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
         super().__init__(backbone, config)
         channels = backbone.channels
         self.blocks = nn.Sequential(*(residual_block(channels) for _ in range(config.blocks)))
-        for block in self.blocks:
-            block.zero_init_last()  # starts as the identity
         self.classifier = nn.Linear(channels, 4)
 
     def _views(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        images = colour_jitter(
-            batch.images, batch.draws.stream("rotation"), self.config.jitter, self.config.grey
-        )
+        images = colour_jitter(batch.images, batch.draws.stream("rotation"), self.config.jitter, self.config.grey)
         return four_rotations(images)
 
     def logits(self, views: Tensor) -> Tensor:
@@ -89,9 +87,7 @@ class Rotation(PretextTask):
         """Each image at one of the turns; the prediction is the input turned back by what was predicted."""
         n = len(batch.images)
         turns = torch.arange(n, device=batch.images.device) % 4
-        turned = torch.stack(
-            [torch.rot90(im, int(k), (1, 2)) for im, k in zip(batch.images, turns, strict=True)]
-        )
+        turned = torch.stack([torch.rot90(im, int(k), (1, 2)) for im, k in zip(batch.images, turns, strict=True)])
         guess = self.logits(turned).argmax(1)
         back = torch.stack([torch.rot90(im, -int(k), (1, 2)) for im, k in zip(turned, guess, strict=True)])
         return {"input": turned, "target": batch.images, "prediction": back}

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
-
 from unlabel.backbone import Backbone
 from unlabel.draws import Draws
 
@@ -43,9 +42,7 @@ class PretextTask(nn.Module):
     metrics that ``metrics`` names. A task that needs a batch statistic uses ``unlabel.distributed.mean``.
     """
 
-    Config: ClassVar[
-        type[Any]
-    ]  # frozen dataclass, free of torch; its fields are --TASK.setting on the command line
+    Config: ClassVar[type[Any]]  # frozen dataclass, free of torch; its fields are --TASK.setting on the command line
     metrics: ClassVar[dict[str, Literal["max", "min"]]]
     recipe: ClassVar[Recipe] = Recipe()
     phases: int = 1  # > 1 is not summed with other tasks

@@ -16,7 +16,6 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-
 from unlabel.cache import ImageCache, load_cache
 from unlabel.duplicates import clusters
 from unlabel.sources import open_source
@@ -56,9 +55,10 @@ def split(photos: Path, out: Path) -> None:
     parts = assign(labelled, ids)
     tested = set(ids[parts["test"]].tolist())
     usable = [r for r in range(len(unlabelled)) if int(other[r]) not in tested]
-    links = {f"{part}/{labelled.names[r]}": f"labelled/{labelled.names[r]}" for part, rows in parts.items() for r in rows}
+    names = labelled.names
+    links = {f"{part}/{names[r]}": f"labelled/{names[r]}" for part, rows in parts.items() for r in rows}
     pretrain = [r for part in ("pool", "development") for r in parts[part]]
-    links |= {f"pretrain/labelled/{Path(labelled.names[r]).name}": f"labelled/{labelled.names[r]}" for r in pretrain}
+    links |= {f"pretrain/labelled/{Path(names[r]).name}": f"labelled/{names[r]}" for r in pretrain}
     links |= {f"pretrain/unlabelled/{unlabelled.names[r]}": f"unlabelled/{unlabelled.names[r]}" for r in usable}
     for name, target in links.items():
         link = out / "split" / name

@@ -120,6 +120,7 @@ def test_sixteen_bit_is_scaled_and_floats_use_their_range() -> None:
     assert (pixels(saved(Image.fromarray(np.full((3, 4), 7.5, np.float32)), "TIFF")) == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_exif_orientation_is_applied() -> None:
     upright = np.arange(6, dtype=np.uint8).reshape(2, 3)[:, :, None].repeat(3, 2) * 40
     # How a camera stores the upright picture under each value of the tag.
@@ -173,7 +174,10 @@ def broken_files() -> dict[str, tuple[bytes, str]]:
         "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "cut.png": (png[: len(png) // 2], "truncated"),
         "header.jpg": (jpeg[:20], "header"),
-        "flipped.png": (png[:middle] + bytes(b ^ 255 for b in png[middle : middle + 40]) + png[middle + 40 :], ""),
+        "flipped.png": (
+            png[:middle] + bytes(b ^ 255 for b in png[middle : middle + 40]) + png[middle + 40 :],
+            "damaged|truncated",
+        ),
         "bomb.png": (png_header(60_000, 60_000), "too large"),
         "large.png": (png_header(10_001, 10_000), "too large: 10001 x 10000"),
         "short.bmp": (saved(Image.fromarray(picture()), "BMP")[:300], "truncated"),
@@ -183,6 +187,7 @@ def broken_files() -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.parametrize("name", broken_files())
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_broken_files_are_refused_with_a_short_reason(name: str) -> None:
     data, reason = broken_files()[name]
     with pytest.raises(BrokenImage, match=reason) as caught:
@@ -252,12 +257,17 @@ def test_hashes_are_of_the_full_size_pixels(tmp_path: Path) -> None:
 
 
 def test_perceptual_hash_is_of_the_image_and_its_mirror(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "f", 5)
+    folder = tmp_path / "f"
+    folder.mkdir()
+    for i in range(5):
+        noise = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((96, 64)).save(folder / f"{i:03d}.png")
     for path in list(folder.iterdir()):
         Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / f"m{path.name}")
     cache = load_cache(open_source(str(folder)), 32, progress=False)
     assert len(set(cache.phashes[:5, 0].tolist())) == 5
-    np.testing.assert_array_equal(cache.phashes[:5], cache.phashes[5:, ::-1])
+    assert np.bitwise_count(cache.phashes[:5] ^ cache.phashes[5:, ::-1]).max() <= 1  # of 64 bits
+    assert np.bitwise_count(cache.phashes[:5, 0] ^ cache.phashes[:5, 1]).min() > 10
 
 
 @pytest.mark.parametrize("write", [True, False])
@@ -369,7 +379,7 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def test_processes_at_once_and_killed_ones_all_end_well(tmp_path: Path, cache_folder: Path) -> None:
-    folder = make_folder(tmp_path / "f", 300, (300, 300))
+    folder = make_folder(tmp_path / "f", 200, (160, 160))
     killed = start(folder)
     while not list(cache_folder.glob("tmp-*/images.u8")):  # in the middle of packing
         assert killed.poll() is None
@@ -377,8 +387,8 @@ def test_processes_at_once_and_killed_ones_all_end_well(tmp_path: Path, cache_fo
     killed.send_signal(signal.SIGKILL if os.name != "nt" else signal.SIGTERM)
     killed.communicate()
     assert [p.name[:4] for p in cache_folder.iterdir()] == ["tmp-"]
-    for process in [start(folder) for _ in range(3)]:
-        assert process.communicate()[0].strip() == b"300"
+    for process in [start(folder) for _ in range(2)]:
+        assert process.communicate()[0].strip() == b"200"
         assert process.returncode == 0
     source = open_source(str(folder))
     images = load_cache(source, 32, progress=False).images[:]
@@ -396,7 +406,7 @@ def test_a_cache_folder_that_cannot_be_written_is_the_users_mistake(
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("UNLABEL_CACHE", str(tmp_path / "file" / "sub"))
     source = open_source(str(make_folder(tmp_path / "f", 2)))
-    with pytest.raises(UserError, match="cannot write the image cache in .* set UNLABEL_CACHE"):
+    with pytest.raises(UserError, match=r"cannot write the image cache in .* set UNLABEL_CACHE"):
         load_cache(source, 32, progress=False)
 
 

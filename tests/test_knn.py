@@ -14,7 +14,7 @@ from downstream.label_draws import LabelDraws
 def blobs():
     rng = np.random.default_rng(0)
     y = np.arange(2600) % 2
-    two = {s: rng.normal(size=(2600, 24)) + shift * y[:, None] for s, shift in (("a", 0.1), ("b", 0.35))}
+    two = {s: rng.normal(size=(2600, 24)) + shift * y[:, None] for s, shift in (("a", 0.0), ("b", 0.35))}
     two = {s: (x * 4 + 1).astype(np.float32) for s, x in two.items()}
     return StageFeatures({s: x[:, :6] for s, x in two.items()}, two), y
 

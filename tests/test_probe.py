@@ -14,16 +14,16 @@ from downstream.probe import FIXED_C, fit_head, fit_probe
 BOTH = [fit_probe, fit_knn]
 
 
-def make(n=900, classes=2, width=40, signal=(0.0, 1.2), seed=0):
-    """Features of stages a and b whose first dimension per class carries `signal`; raw scales far from 1."""
+def make(n=900, classes=2, width=20, signal=(0.0, 3.0), seed=0):
+    """Features of stages a and b; `signal` is how far a class lies from the rest. Raw scales are far from 1."""
     rng = np.random.default_rng(seed)
     y = np.arange(n) % classes
     two = {}
     for stage, strength in zip("ab", signal, strict=True):
         x = rng.normal(size=(n, 4 * width))
-        x[:, :classes] += strength * np.eye(classes)[y]
+        x += strength / np.sqrt(4 * width) * rng.normal(size=(classes, 4 * width))[y]
         two[stage] = (x * rng.uniform(0.1, 10, 4 * width) + rng.normal(0, 5, 4 * width)).astype(np.float32)
-    one = {stage: x.reshape(n, width, 4).mean(axis=2) for stage, x in two.items()}
+    one = {stage: x.reshape(n, 4, width).mean(axis=1) for stage, x in two.items()}
     return StageFeatures(one, two), y
 
 
@@ -74,15 +74,15 @@ def test_scale_and_offset_of_the_features_do_not_matter():
     ("per_class", "varied"), [(1, set()), (4, set()), (5, {"C"}), (24, {"C"}), (25, {"C", "features"})]
 )
 def test_what_is_chosen_follows_the_table(per_class, varied):
-    features, y = make(signal=(2.0, 0.0))  # all the signal is where fewer than 25 labels may not go alone
-    train = LabelDraws(y, per_class, 1).indices(0, per_class)
-    result = fit_probe(features, train, y[train], feature_stats(features), per_class)
+    features, y = make(signal=(4.0, 0.0))  # all the signal is in a stage that fewer than 25 may not take alone
+    draws, stats = LabelDraws(y, per_class, 4), feature_stats(features)
+    trains = [draws.indices(d, per_class) for d in range(4)]
+    results = [fit_probe(features, train, y[train], stats, per_class) for train in trains]
     if "C" not in varied:
-        assert result.chosen["C"] == FIXED_C
-        assert not result.on_grid_edge
-    assert (result.chosen["features"] != "a+b 2x2") == ("features" in varied)
-    if "features" in varied:
-        assert result.chosen["features"].startswith("a ")
+        assert all(r.chosen["C"] == FIXED_C and not r.on_grid_edge for r in results)
+    names = {r.chosen["features"] for r in results}
+    assert (names != {"a+b 2x2"}) == ("features" in varied)
+    assert not names & {"b 1x1", "b 2x2"}, "the stage without signal"
 
 
 def test_a_stage_alone():
@@ -121,31 +121,31 @@ def test_permuted_test_labels_change_no_choice(fit, per_class):
 @pytest.mark.parametrize("fit", BOTH)
 @pytest.mark.parametrize("per_class", [3, 10, 30])
 def test_permuted_training_labels_give_chance(fit, per_class):
-    features, y = make(n=2000, signal=(1.0, 2.0))
+    features, y = make(n=1600, signal=(0.0, 5.0))
     stats = feature_stats(features)
-    draws = LabelDraws(y, per_class, 12)
+    draws = LabelDraws(y, per_class, 8)
     right, honest = [], []
-    for d in range(12):
+    for d in range(8):
         train = draws.indices(d, per_class)
         test = np.setdiff1d(np.arange(len(y)), train)
         permuted = np.random.default_rng(d).permutation(y[train])
         right.append((fit(features, train, permuted, stats, per_class, d).predict(features, test) == y[test]).mean())
-        if d == 0:
-            honest = (fit(features, train, y[train], stats, per_class, d).predict(features, test) == y[test]).mean()
-    assert abs(np.mean(right) - 0.5) < 4 * np.std(right, ddof=1) / np.sqrt(12) + 0.01
-    assert np.mean(right) < 0.58 < honest or per_class == 3
+        if d < 2:
+            result = fit(features, train, y[train], stats, per_class, d)
+            honest.append((result.predict(features, test) == y[test]).mean())
+    assert abs(np.mean(right) - 0.5) < 4 * np.std(right, ddof=1) / np.sqrt(8) + 0.01
+    assert np.mean(honest) > 0.6, "and there was something to find"
 
 
 def test_all_labels_of_unequal_classes():
-    features, y = make(n=3000, classes=3)
+    features, y = make(n=3000, classes=3, signal=(0.0, 8.0))
     keep = np.concatenate([np.flatnonzero(y == c)[:n] for c, n in enumerate((900, 40, 5))])
     for fit in BOTH:
         result = fit(features, keep, y[keep], feature_stats(features), "all")
-        assert (result.predict(features) == y).mean() > 0.34
-        assert len(np.unique(result.predict(features, keep))) >= 2
+        assert (result.predict(features) == y).mean() > 0.5
 
 
-def test_choices_on_many_labels_are_made_on_some_of_each_class(monkeypatch):
+def test_choices_on_many_labels_are_made_on_some_of_each_class():
     y = np.repeat([0, 1, 2], [9000, 990, 10])
     keep = choosing.subsample(y, 0)
     assert np.bincount(y[keep]).tolist() == [1800, 198, 10]
@@ -162,7 +162,7 @@ def test_folds_are_stratified_and_judge_every_label_as_often(per_class):
         assert not set(fit) & set(held_out)
         assert len(np.unique(y[fit])) == 3
         times[held_out] += 1
-    assert (times == (1 if per_class >= 25 else 5)).all()
+    assert (times == (1 if per_class >= 25 else 3)).all()
 
 
 def test_one_standard_error_rule_by_hand():
@@ -177,7 +177,10 @@ def test_one_standard_error_rule_by_hand():
 
 def test_grid_edge_is_reported():
     features, y = make(signal=(0.0, 0.0))
-    train = LabelDraws(y, 10, 1).indices(0, 10)
-    result = fit_probe(features, train, y[train], feature_stats(features), 10)
-    assert result.chosen["C"] == min(probe.GRID_C)  # nothing to find: the strongest regularisation
-    assert result.on_grid_edge
+    draws, stats = LabelDraws(y, 20, 8), feature_stats(features)
+    trains = [draws.indices(d, 20) for d in range(8)]
+    results = [fit_probe(features, train, y[train], stats, 20) for train in trains]
+    strongest, weakest = min(probe.GRID_C), max(probe.GRID_C)
+    assert all(r.on_grid_edge == (r.chosen["C"] in (strongest, weakest)) for r in results)
+    # Nothing to find: the strongest regularisation, but for a fluke.
+    assert sum(r.chosen["C"] == strongest for r in results) >= 7

@@ -1,5 +1,6 @@
 import io
 import os
+import struct
 import tarfile
 from pathlib import Path
 
@@ -271,6 +272,35 @@ def test_digits_is_embedded_and_a_path_wins_over_a_name(tmp_path: Path, monkeypa
     assert own_test_split("mnist:test") is None
     make_folder(tmp_path / "mnist")
     assert own_test_split("mnist") is None
+
+
+def test_named_sets_are_read_from_where_they_were_downloaded(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images, targets = rng.integers(0, 256, (4, 28, 28), dtype=np.uint8), np.array([7, 0, 9, 0], np.uint8)
+    for name, inner, label in (("mnist", "MNIST", "7"), ("fashion-mnist", "FashionMNIST", "Sneaker")):
+        for split in ("train", "t10k"):
+            raw = tmp_path / "cache" / "datasets" / name / inner / "raw"
+            raw.mkdir(parents=True, exist_ok=True)
+            shape = struct.pack(">IIII", 0x803, 4, 28, 28)
+            (raw / f"{split}-images-idx3-ubyte").write_bytes(shape + images.tobytes())
+            (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 4) + targets.tobytes())
+        for spec in (name, f"{name}:train", f"{name}:test"):
+            source = open_source(spec)
+            assert len(source) == 4
+            data = contents(source)[f"{label}/000000.ppm"]
+            np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), images[0])
+
+
+def test_no_network_is_said_plainly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    for spec in ("mnist", "cifar10:test", "pets", "stl10:unlabeled"):
+        with pytest.raises(UserError, match=r"cannot download .* check the network, or give a folder") as caught:
+            open_source(spec)
+        assert "\n" not in str(caught.value)
+    assert "downloading mnist into" in capsys.readouterr().err
 
 
 def test_every_named_set_has_a_line_of_text() -> None:

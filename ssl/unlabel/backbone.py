@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unlabel.config import BACKBONES
+from unlabel.config import BACKBONES, plain
 from unlabel.errors import UserError
 
-__all__ = ["Backbone", "Features", "build_backbone", "load_backbone", "save_backbone"]
+__all__ = ["Backbone", "Features", "build_backbone", "channels_last", "load_backbone", "save_backbone"]
 
 SMALL_IMAGE = 48  # px; below it `--stem auto` takes the small-image stem
 CHANGED_PREFIX = "unlabel_stem."  # marks weights that plain timm would put into a different stem
@@ -137,6 +137,14 @@ def _change_stem(model: Any, stem: str) -> tuple[str, ...]:
     return tuple(f"{name}.{k}" for k in new.state_dict())
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
+def channels_last(module: M) -> M:
+    """Weights in the memory layout that convolutions are quickest in."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def build_backbone(name: str, image_size: int, stem: str = "auto", seed: int = 0) -> Backbone:
     """A freshly initialised backbone. ``name`` is ``small`` (the default network for CPUs) or any timm ConvNet."""
     own = BACKBONES.get(name)
@@ -159,13 +167,8 @@ def save_backbone(backbone: Backbone, folder: Path) -> Path:
     """Write backbone.safetensors (weights only: no time, path or commit in it) and backbone.json."""
     spec = backbone.spec
     about = {
-        "name": spec.name,
-        "kwargs": spec.kwargs,
+        **spec_to_json(spec),
         "changed": list(backbone.changed),
-        "stem": spec.stem,
-        "image_size": spec.image_size,
-        "mean": list(spec.mean),
-        "std": list(spec.std),
         "stages": dict(zip(backbone.stage_names, backbone.stage_channels, strict=True)),
         "frozen": list(backbone.frozen),
     }
@@ -176,6 +179,22 @@ def save_backbone(backbone: Backbone, folder: Path) -> Path:
     (folder / "backbone.json").write_text(json.dumps(about, indent=2) + "\n")
     os.replace(temporary, path)
     return path
+
+
+def spec_to_json(spec: Spec) -> dict[str, Any]:
+    return plain(spec)
+
+
+def spec_from_json(about: Mapping[str, Any]) -> Spec:
+    """Raises TypeError, KeyError or ValueError where it is not a description of a backbone."""
+    return Spec(
+        str(about["name"]),
+        dict(about.get("kwargs", {})),
+        str(about.get("stem", "timm")),
+        int(about.get("image_size", 64)),
+        tuple(float(v) for v in about.get("mean", Spec.mean)),
+        tuple(float(v) for v in about.get("std", Spec.std)),
+    )
 
 
 def read_spec(folder: Path) -> dict[str, Any]:
@@ -199,14 +218,7 @@ def load_backbone(folder: str | Path) -> Backbone:
     folder = Path(folder)
     about = read_spec(folder)
     try:
-        spec = Spec(
-            about["name"],
-            dict(about.get("kwargs", {})),
-            about.get("stem", "timm"),
-            int(about.get("image_size", 64)),
-            tuple(about.get("mean", Spec.mean)),
-            tuple(about.get("std", Spec.std)),
-        )
+        spec = spec_from_json(about)
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / 'backbone.json'} cannot be read ({error})") from None
     backbone = Backbone(spec)
@@ -221,7 +233,7 @@ def load_weights(backbone: Backbone, path: Path) -> None:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"larger than {MAX_BYTES >> 30} GiB")
         with safe_open(path, framework="pt") as file:
-            _compare(want, {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()})  # noqa: SIM118
+            compare_weights(want, {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()})  # noqa: SIM118
             state = {k: file.get_tensor(k) for k in want}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: is the run finished?") from None
@@ -232,7 +244,7 @@ def load_weights(backbone: Backbone, path: Path) -> None:
     backbone.model.load_state_dict({k.removeprefix(CHANGED_PREFIX): v for k, v in state.items()}, strict=True)
 
 
-def _compare(want: Mapping[str, Tensor], have: Mapping[str, tuple[int, ...]]) -> None:
+def compare_weights(want: Mapping[str, Tensor], have: Mapping[str, tuple[int, ...]]) -> None:
     missing, extra = sorted(want.keys() - have.keys()), sorted(have.keys() - want.keys())
     wrong = sorted(k for k in want.keys() & have.keys() if tuple(want[k].shape) != have[k])
     if missing or extra or wrong:

@@ -13,6 +13,7 @@ from torch import Tensor
 from unlabel import distributed, optim
 from unlabel.augment import clean, random_view
 from unlabel.cache import ImageCache
+from unlabel.config import PretrainConfig
 from unlabel.draws import Draws, mix
 from unlabel.order import batch_at
 from unlabel.plan import Plan

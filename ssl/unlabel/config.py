@@ -129,8 +129,8 @@ class FewLabels:
     """CSV of name,label for images that are not in class folders."""
     protocol: tuple[Protocol, ...] = ("linear", "knn", "finetune")
     """What to measure."""
-    labels_per_class: tuple[str, ...] = ("1", "10", "50")
-    """Label counts; `all` takes every label."""
+    labels_per_class: tuple[str, ...] | None = None
+    """Label counts; `all` takes every label (default: of 1 10 50 those that there are)."""
     draws: int = 10
     """Independent draws of labels; the same for every arm."""
     controls: bool = True

@@ -80,8 +80,9 @@ def open_named(name: str, split: str) -> Found:
             folder.mkdir(parents=True, exist_ok=True)
             data = make(True)
         except (RuntimeError, OSError) as error:  # URLError is an OSError
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"cannot download {name} ({error}); check the network, or give a folder or .tar as the source"
+                f"cannot download {name} ({reason}); check the network, or give a folder or .tar as the source"
             ) from None
     return _from_torchvision(name, data)
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unlabel import checkpoint, distributed, optim
-from unlabel.backbone import Backbone, build_backbone, load_weights, save_backbone
+from unlabel.backbone import Backbone, build_backbone, channels_last, load_weights, save_backbone
 from unlabel.batches import Batches
 from unlabel.batchnorm import estimate_statistics
 from unlabel.cache import ImageCache, load_cache, write_skipped
@@ -44,7 +44,7 @@ PREVIEWS = 5  # at 0, 25, 50, 75 and 100 % of the steps
 class Together(nn.Module):
     """The backbone and its tasks as one module, so that DDP wraps all of it. Sums the weighted losses."""
 
-    def __init__(self, backbone: Backbone, tasks: dict[str, nn.Module], weights: Sequence[float]) -> None:
+    def __init__(self, backbone: Backbone, tasks: Mapping[str, nn.Module], weights: Sequence[float]) -> None:
         super().__init__()
         self.backbone, self.tasks, self.weights = backbone, nn.ModuleDict(tasks), tuple(weights)
 
@@ -93,6 +93,8 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     cache = _load(source, image_size, config, exclude)
     if distributed.is_main():
         write_skipped(run.path / "skipped.txt", cache.skipped)
+        if exclude:
+            checkpoint.write_atomic(run.excluded, "".join(f"{h}\n" for h in sorted(exclude)).encode())
 
     # ---- 3. The model: one backbone, and the heads of the tasks
     backbone = build_backbone(config.backbone, image_size, config.stem, seed=config.seed)
@@ -101,7 +103,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(config.seed, "heads"))
         tasks = {n: cls(backbone, cls.Config(**config.task_settings.get(n, {}))) for n, cls in classes.items()}
-    model = Together(backbone, tasks, weights).to(device=device, memory_format=torch.channels_last)
+    model = channels_last(Together(backbone, tasks, weights).to(device))
     batch_of = Batches(cache, config, device)
     plan = make_plan(config, image_size, classes, model, batch_of, about)
     batch_of.plan = plan
@@ -184,10 +186,10 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
             for k, v in {"loss": loss.detach(), **values}.items():
                 sums[k] = sums.get(k, 0) + v  # no .item(): it would wait for the device
             due = time.monotonic() - last_save > CHECKPOINT_SECONDS or step % every_save == 0 or step == plan.steps
-            if step % every_log == 0 or step == plan.steps or due:
-                if not bool(torch.isfinite(sums["loss"])):
-                    raise UserError(_not_finite(step, values, run))
-            if step % every_log == 0 or step == plan.steps:
+            log_due = step % every_log == 0 or step == plan.steps
+            if (log_due or due) and not bool(torch.isfinite(sums["loss"])):
+                raise UserError(_not_finite(step, values, run))
+            if log_due:
                 n = (step - 1) % every_log + 1
                 speed = n * plan.batch_size / (time.monotonic() - last_log)
                 line = _log_line(sums, n, step, plan, len(cache.names), optimizers, speed, batch, tasks)
@@ -280,10 +282,12 @@ def _describe(
     weights = sum(p.numel() for p in model.backbone.parameters())
     skipped = f", {len(cache.skipped)} skipped (skipped.txt)" if cache.skipped else ""
     say(
-        f"data: {len(cache.names):,} images{skipped}; {plan.image_size} px; backbone {config.backbone}, {weights / 1e6:.1f} M weights"
+        f"data: {len(cache.names):,} images{skipped}; {plan.image_size} px; "
+        f"backbone {config.backbone}, {weights / 1e6:.1f} M weights"
     )
     say(
-        f"{plan.optimizer}, peak lr {plan.lr:g}, weight decay {plan.weight_decay:g}, batch {plan.batch_size}, {plan.precision} on {device}, {distributed.world_size()} process(es)"
+        f"{plan.optimizer}, peak lr {plan.lr:g}, weight decay {plan.weight_decay:g}, batch {plan.batch_size}, "
+        f"{plan.precision} on {device}, {distributed.world_size()} process(es)"
     )
     if model.backbone.frozen:
         say(f"without gradient, frozen: {', '.join(model.backbone.frozen)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ __all__ = ["save_previews"]
 
 
 @torch.no_grad()
-def save_previews(tasks: dict[str, nn.Module], batches: dict[str, object], folder: Path, step: int) -> list[Path]:
+def save_previews(tasks: Mapping[str, nn.Module], batches: Mapping[str, object], folder: Path, step: int) -> list[Path]:
     """One PNG per task: rows input, target, prediction. No buffer changes: everything is in eval mode."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -60,6 +60,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.previews = path / "previews"
+        self.excluded = path / "excluded.txt"  # content hashes of images left out; only where there are some
         self.about: dict[str, Any] = {}
 
     def read(self) -> dict[str, Any] | None:
@@ -67,7 +68,8 @@ class RunFolder:
         file = self.path / "config.json"
         try:
             self.about = json.loads(file.read_text())
-            self.about["settings"], self.about["fingerprint"]
+            if not {"settings", "resolved", "fingerprint"} <= self.about.keys():
+                raise ValueError("settings are missing")
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, OSError) as error:

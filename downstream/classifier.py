@@ -1,0 +1,92 @@
+"""A fine-tuned classifier on disk (classifier.safetensors + classifier.json), and `unlabel predict`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from unlabel.apply import safe_cell
+from unlabel.backbone import MAX_BYTES, Backbone, compare_weights, spec_from_json, spec_to_json
+from unlabel.cache import load_cache, printable
+from unlabel.checkpoint import write_atomic
+from unlabel.config import PredictConfig
+from unlabel.distributed import pick_device
+from unlabel.errors import UserError
+from unlabel.sources import open_source
+
+from downstream.finetune import Classifier, predict_logits
+
+__all__ = ["load_classifier", "predict", "save_classifier"]
+
+
+def save_classifier(model: Classifier, classes: list[str], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {f"backbone.{k}": v for k, v in model.backbone.model.state_dict().items()}
+    state |= {f"head.{k}": v for k, v in model.head.state_dict().items()}
+    temporary = folder / ".classifier.safetensors.tmp"
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary)
+    about = {"schema": 1, "classes": classes, "backbone": spec_to_json(model.backbone.spec)}
+    write_atomic(folder / "classifier.json", (json.dumps(about, indent=2) + "\n").encode("utf-8", "surrogatepass"))
+    temporary.replace(folder / "classifier.safetensors")
+
+
+def load_classifier(folder: Path) -> tuple[Classifier, list[str]]:
+    """The network (eval mode) and the class names. UserError where a file is missing, broken or does not fit."""
+    path, weights = folder / "classifier.json", folder / "classifier.safetensors"
+    try:
+        about = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
+        classes = [str(c) for c in about["classes"]]
+        backbone = Backbone(spec_from_json(about["backbone"]))
+    except FileNotFoundError:
+        message = f"no classifier in {folder}: `unlabel evaluate` or `compare` with --protocol finetune writes one"
+        raise UserError(message) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
+    model = Classifier(backbone, len(classes))
+    want = {f"backbone.{k}": v for k, v in backbone.model.state_dict().items()}
+    want |= {f"head.{k}": v for k, v in model.head.state_dict().items()}
+    try:
+        if weights.stat().st_size > MAX_BYTES:
+            raise ValueError("too large")
+        with safe_open(weights, framework="pt") as file:
+            compare_weights(want, {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()})  # noqa: SIM118
+            state = {k: file.get_tensor(k) for k in want}
+    except UserError:
+        raise
+    except Exception as error:  # safetensors raises its own type for a malformed file
+        raise UserError(f"{weights} is not a readable safetensors file ({error})") from None
+    backbone.model.load_state_dict({k[9:]: v for k, v in state.items() if k.startswith("backbone.")})
+    model.head.load_state_dict({k[5:]: v for k, v in state.items() if k.startswith("head.")})
+    return model.eval(), classes
+
+
+def predict(config: PredictConfig) -> Path:
+    """Classify new images: CSV with name, class and one probability per class."""
+    model, classes = load_classifier(config.model)
+    device = pick_device(config.device)
+    size = model.backbone.spec.image_size
+    cache = load_cache(open_source(config.data), size, max_skipped=config.max_skipped)
+    model.to(device)
+    parts = []
+    with tqdm(total=len(cache), unit="img", desc="predict") as bar:
+        for at in range(0, len(cache), 1024):
+            parts.append(predict_logits(model, np.asarray(cache.images[at : at + 1024])))
+            bar.update(len(parts[-1]))
+    p = torch.from_numpy(np.concatenate(parts)).softmax(1).numpy()
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["name", "class", *(safe_cell(f"p_{c}") for c in classes)])
+    for name, row in zip(cache.names, p, strict=True):
+        writer.writerow([safe_cell(name), safe_cell(classes[int(row.argmax())]), *(f"{v:.6f}" for v in row)])
+    write_atomic(config.out, text.getvalue().encode("utf-8", "replace"))
+    for name, reason in cache.skipped:
+        print(f"skipped {printable(name)}: {reason}")
+    print(f"{config.out}: {len(cache):,} images, {len(cache.skipped)} skipped")
+    return config.out

@@ -1,0 +1,304 @@
+"""The few-label table: arms × protocols × label counts × draws, each cell saved as soon as it is there.
+
+An arm is a pretrained backbone (one run per seed) or a control. Every arm sees the same draws of labels and the
+same test images; the test labels are read in one place, after everything has been chosen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from unlabel.augment import clean
+from unlabel.backbone import Backbone, build_backbone, load_backbone
+from unlabel.batchnorm import estimate_statistics
+from unlabel.checkpoint import file_sha256, write_atomic
+from unlabel.draws import mix
+
+from downstream import finetune as ft
+from downstream.classifier import save_classifier
+from downstream.controls import Patches, Pixels
+from downstream.features import StageFeatures, extract, feature_stats
+from downstream.knn import fit_knn
+from downstream.label_draws import LabelDraws
+from downstream.probe import fit_head, fit_probe
+
+__all__ = ["Arm", "Images", "Table", "control_arms", "fill"]
+
+Count: TypeAlias = int | Literal["all"]
+CELLS = 1  # raise it when a change of the protocol makes stored cells wrong
+STATISTICS_IMAGES = 2048  # unlabelled images for standardising and for a random backbone's BatchNorm
+
+
+@dataclass(frozen=True)
+class Arm:
+    """``kind``: backbone, random, scratch, pixels or patches. ``runs``: one run folder per seed, for backbones."""
+
+    name: str
+    kind: str
+    seeds: tuple[int, ...] = (0,)
+    runs: tuple[Path, ...] = ()
+
+    def protocols(self, wanted: Sequence[str]) -> list[str]:
+        """Where the arm means something: scratch is trained, the other controls are probed."""
+        if self.kind == "scratch":
+            return [p for p in wanted if p == "finetune"]
+        if self.kind in ("random", "pixels", "patches"):
+            return [p for p in wanted if p != "finetune"]
+        return list(wanted)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images: ``pixels`` (N, R, R, 3) uint8 (or rows of a cache), ``y`` (N,) in 0 … K - 1."""
+
+    pixels: Any
+    y: np.ndarray
+    names: list[str]
+    hashes: list[str]
+    clusters: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What to fill. ``unlabelled``: pixels (N, R, R, 3) for statistics, without labels."""
+
+    pool: Images
+    test: Images
+    unlabelled: Any
+    classes: list[str]
+    counts: tuple[Count, ...]
+    n_draws: int
+    protocols: tuple[str, ...]
+    backbone: tuple[str, str]  # name and stem of the random and scratch networks
+    image_size: int
+    device: torch.device
+    out: Path
+    top_layers: int | None = None
+
+    @property
+    def draws(self) -> LabelDraws:
+        block = max((c for c in self.counts if c != "all"), default=1)
+        return LabelDraws(self.pool.y, block, self.n_draws, 0, self.classes)
+
+    def plan(self) -> Iterator[tuple[Count, int]]:
+        """(labels per class, draw); `all` has one draw."""
+        for count in self.counts:
+            for draw in range(1 if count == "all" else self.n_draws):
+                yield count, draw
+
+    def fingerprint(self) -> str:
+        parts = [*self.pool.hashes, "|", *self.test.hashes, *map(str, self.pool.y), *map(str, self.test.y)]
+        return hashlib.sha256("\n".join([*parts, str(self.image_size)]).encode()).hexdigest()
+
+
+def control_arms(protocols: Sequence[str], seeds: Sequence[int]) -> list[Arm]:
+    """The controls that mean something under these protocols."""
+    arms = [Arm("random", "random", tuple(seeds)), Arm("pixels", "pixels"), Arm("patches", "patches")]
+    arms += [Arm("scratch", "scratch", tuple(seeds))]
+    return [a for a in arms if a.protocols(protocols)]
+
+
+@dataclass
+class Cell:
+    """One fit: its predictions on the test images (T,), and what was chosen."""
+
+    predicted: np.ndarray
+    about: dict[str, Any]
+
+
+class Store:
+    """Cells on disk, so that an interrupted table goes on where it stopped."""
+
+    def __init__(self, table: Table) -> None:
+        self.folder, self.data = table.out / "cells", table.fingerprint()
+        self.classes = len(table.classes)
+
+    def _path(self, key: Sequence[Any]) -> Path:
+        digest = hashlib.sha256(json.dumps([CELLS, self.data, *key]).encode()).hexdigest()
+        return self.folder / f"{digest[:24]}.json"
+
+    def get(self, key: Sequence[Any]) -> Cell | None:
+        try:
+            about = json.loads(self._path(key).read_text())
+            return Cell(np.array(about.pop("predicted"), np.int64), about)
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+
+    def put(self, key: Sequence[Any], cell: Cell) -> None:
+        text = json.dumps({**cell.about, "predicted": cell.predicted.tolist()}, separators=(",", ":"))
+        write_atomic(self._path(key), text.encode())
+
+
+def identity(arm: Arm, k: int, table: Table) -> list[Any]:
+    """What a cell of this arm depends on, beside the data."""
+    if arm.kind == "backbone":
+        return ["backbone", file_sha256(arm.runs[k] / "backbone.safetensors")]
+    if arm.kind in ("random", "scratch"):
+        return [arm.kind, *table.backbone, arm.seeds[k]]
+    return [arm.kind]
+
+
+def network(arm: Arm, k: int, table: Table) -> Backbone:
+    """The arm's backbone for its k-th seed, in eval mode."""
+    if arm.kind == "backbone":
+        return load_backbone(arm.runs[k]).to(table.device)
+    name, stem = table.backbone
+    backbone = build_backbone(name, table.image_size, stem, seed=mix(arm.seeds[k], "random") >> 33).to(table.device)
+    if arm.kind == "random":
+        sample = torch.from_numpy(np.ascontiguousarray(table.unlabelled[:STATISTICS_IMAGES]))
+        parts = [p.to(table.device) for p in sample.split(256) if len(p) > 1]
+        estimate_statistics(backbone, (clean(p, table.image_size) for p in parts))
+    return backbone.eval()
+
+
+@dataclass
+class Featurised:
+    """Features of the labelled images that are drawn, then the test images; and unlabelled statistics."""
+
+    features: StageFeatures
+    stats: Any
+    row_of: np.ndarray  # pool index -> row
+    test_rows: np.ndarray
+
+
+def featurise(arm: Arm, k: int, table: Table, backbone: Backbone | None) -> Featurised:
+    draws = table.draws
+    used = np.unique(np.concatenate([draws.indices(d, c) for c, d in table.plan()]))
+    pixels = np.concatenate([np.asarray(table.pool.pixels[used]), np.asarray(table.test.pixels[:])])
+    sample = np.ascontiguousarray(table.unlabelled[:STATISTICS_IMAGES])
+    if backbone is not None:
+        size = backbone.spec.image_size
+        features = extract(backbone, pixels, size, device=table.device, progress=f"{arm.name} features")
+        stats = feature_stats(extract(backbone, sample, size, device=table.device))
+    else:
+        kind = Pixels if arm.kind == "pixels" else Patches
+        control = kind(np.ascontiguousarray(table.unlabelled[:]), table.image_size)
+        features, stats = control.features(pixels, f"{arm.name} features"), feature_stats(control.features(sample))
+    row_of = np.full(len(table.pool), -1)
+    row_of[used] = np.arange(len(used))
+    return Featurised(features, stats, row_of, np.arange(len(used), len(pixels)))
+
+
+class ArmFiller:
+    """Fits the cells of one arm and one seed; features and network are made when the first cell needs them."""
+
+    def __init__(self, arm: Arm, k: int, table: Table, store: Store) -> None:
+        self.arm, self.k, self.table, self.store = arm, k, table, store
+        self.identity, self._draws = identity(arm, k, table), table.draws
+        self._network: Backbone | None = None
+        self._featurised: Featurised | None = None
+
+    @property
+    def network(self) -> Backbone:
+        if self._network is None:
+            self._network = network(self.arm, self.k, self.table)
+        return self._network
+
+    @property
+    def featurised(self) -> Featurised:
+        if self._featurised is None:
+            backbone = None if self.arm.kind in ("pixels", "patches") else self.network
+            self._featurised = featurise(self.arm, self.k, self.table, backbone)
+        return self._featurised
+
+    def cell(self, protocol: str, count: Count, draw: int, stage: str | None, on_step: Any, keep: Path | None) -> Cell:
+        key: list[Any] = [*self.identity, protocol, count, draw, stage]
+        if protocol == "finetune":
+            key += [self.table.top_layers, [repr(p) for p in self._presets(count)]]
+        cell = self.store.get(key)
+        wanted = keep is not None and not (keep / "classifier.safetensors").exists()
+        if cell is None or wanted:
+            begun = time.monotonic()
+            rows = self._draws.indices(draw, count)
+            predicted, about = self._fit(protocol, count, draw, rows, stage, on_step, keep)
+            cell = Cell(predicted, {**about, "seconds": round(time.monotonic() - begun, 3)})
+            self.store.put(key, cell)
+        return cell
+
+    def _presets(self, count: Count) -> tuple[ft.Preset, ...]:
+        smallest = int(np.bincount(self.table.pool.y).min()) if count == "all" else count
+        return ft.presets_for(smallest, self.arm.kind == "scratch", self.table.top_layers)
+
+    def _fit(
+        self, protocol: str, count: Count, draw: int, rows: np.ndarray, stage: str | None, on_step: Any,
+        keep: Path | None,
+    ) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
+        y = self.table.pool.y[rows]
+        if protocol != "finetune":
+            f = self.featurised
+            fit = fit_probe if protocol == "linear" else fit_knn
+            model = fit(f.features, f.row_of[rows], y, f.stats, count, draw, stage=stage)
+            about = {"chosen": model.chosen, "on_grid_edge": bool(model.on_grid_edge), "steps": None}
+            return model.predict(f.features, f.test_rows), about
+
+        def head(local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            f, last = self.featurised, self.network.stage_names[-1]
+            return fit_head(f.features.one[last][f.row_of[rows[local]]], y[local], f.stats[last, "1x1"])
+
+        tuned = ft.finetune(
+            self.network, np.asarray(self.table.pool.pixels[rows]), y, len(self.table.classes), self._presets(count),
+            head=None if self.arm.kind == "scratch" else head, seed=draw, device=self.table.device, on_step=on_step,
+        )  # fmt: skip
+        if keep is not None:
+            save_classifier(tuned.model, self.table.classes, keep)
+        log_p = np.concatenate([ft.predict_logits(tuned.model, part) for part in _chunks(self.table.test.pixels)])
+        return log_p.argmax(1), {"chosen": tuned.chosen, "on_grid_edge": tuned.on_grid_edge, "steps": tuned.steps}
+
+
+def _chunks(pixels: Any, size: int = 2048) -> Iterator[np.ndarray]:
+    for at in range(0, len(pixels), size):
+        yield np.asarray(pixels[at : at + size])
+
+
+Predictions = dict[tuple[str, str, Count, str | None], np.ndarray]
+
+
+def fill(table: Table, arms: Sequence[Arm], keep_classifier: str | None) -> tuple[list[dict[str, Any]], Predictions]:
+    """Every cell of the table.
+
+    Returns rows (without accuracy: nothing here has read a test label) and predictions, keyed
+    (arm, protocol, count, stage or None): (seeds, draws, T) int64. ``keep_classifier`` names the arm whose
+    fine-tuned classifier of the largest label count and draw 0 is saved into ``table.out``.
+    """
+    store, rows, predictions = Store(table), [], {}
+    largest: Count = "all" if "all" in table.counts else max(table.counts)
+    for arm in arms:
+        fillers = [ArmFiller(arm, k, table, store) for k in range(len(arm.seeds))]
+        for protocol in arm.protocols(table.protocols):
+            cells: dict[tuple[Count, str | None], list[list[np.ndarray]]] = {}
+            jobs = [(k, count, draw, None) for k in range(len(fillers)) for count, draw in table.plan()]
+            if protocol == "linear" and arm.kind in ("backbone", "random"):
+                stages = fillers[0].network.stage_names
+                jobs += [(k, c, d, s) for k in range(len(fillers)) for c, d in table.plan() for s in stages]
+            bar = tqdm(jobs, desc=f"{arm.name} {protocol}", unit="fit", dynamic_ncols=True)
+            seen, begun = 0, time.monotonic()
+
+            def on_step(n: int, bar: Any = bar, begun: float = begun) -> None:
+                nonlocal seen
+                seen += n
+                bar.set_postfix_str(f"{seen / (time.monotonic() - begun):.0f} images/s", refresh=False)
+                bar.update(0)
+
+            for k, count, draw, stage in bar:
+                product = (keep_classifier, largest, 0, 0, "finetune")
+                keep = table.out if (arm.name, count, draw, k, protocol) == product else None
+                cell = fillers[k].cell(protocol, count, draw, stage, on_step, keep)
+                cells.setdefault((count, stage), [[] for _ in fillers])[k].append(cell.predicted)
+                if stage is None:
+                    where = {"arm": arm.name, "protocol": protocol, "labels_per_class": count}
+                    rows.append({**where, "draw": draw, "seed": arm.seeds[k], **cell.about})
+            for (count, stage), found in cells.items():
+                predictions[arm.name, protocol, count, stage] = np.array(found)
+    return rows, predictions
