@@ -15,9 +15,9 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.decomposition import PCA
 from torch import Tensor
 from tqdm import tqdm
-from unlabel import augment
 
 from downstream.features import StageFeatures
+from unlabel import augment
 
 SIDE = 32  # px that both work at, at most
 CHUNK = 128  # images featurised at a time

@@ -278,7 +278,9 @@ def fill(table: Table, arms: Sequence[Arm], keep_classifier: str | None) -> tupl
         fillers = [ArmFiller(arm, k, table, store) for k in range(len(arm.seeds))]
         for protocol in arm.protocols(table.protocols):
             cells: dict[tuple[Count, str | None], list[list[np.ndarray]]] = {}
-            jobs = [(k, count, draw, None) for k in range(len(fillers)) for count, draw in table.plan()]
+            jobs: list[tuple[int, Count, int, str | None]] = [
+                (k, count, draw, None) for k in range(len(fillers)) for count, draw in table.plan()
+            ]
             if protocol == "linear" and arm.kind in ("backbone", "random"):
                 stages = fillers[0].network.stage_names
                 jobs += [(k, c, d, s) for k in range(len(fillers)) for c, d in table.plan() for s in stages]

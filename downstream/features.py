@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+
 from unlabel import augment
 from unlabel.backbone import Backbone
 

@@ -122,7 +122,7 @@ def _choose(
 def _fit(z: np.ndarray, y: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray]:
     """Weights (K, D) and bias (K,) of multinomial logistic regression on standardised features."""
     rotated, basis = _rotate(z)
-    model = next(_path(rotated, y, (c,), tol=1e-6))
+    model = next(_path(rotated, y, (c,), tol=1e-8))
     return _outputs(model.coef_) @ basis.T, _outputs(np.asarray(model.intercept_))
 
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from unlabel.backbone import Backbone
 
 __all__ = ["Decoder", "denormalise", "feature_side", "resize", "squared_error", "weighted_error"]

@@ -12,12 +12,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from unlabel.backbone import Backbone
-from unlabel.draws import Draws
-from unlabel.errors import UserError
 
 from pretext.decoder import Decoder, denormalise, feature_side, squared_error, weighted_error
 from pretext.task import Batch, PretextTask, Recipe
+from unlabel.backbone import Backbone
+from unlabel.draws import Draws
+from unlabel.errors import UserError
 
 __all__ = ["Denoising", "corrupt"]
 

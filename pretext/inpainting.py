@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from unlabel.backbone import Backbone
-from unlabel.draws import Draws
-from unlabel.errors import UserError
 
 from pretext.decoder import Decoder, denormalise, feature_side, resize, squared_error, weighted_error
 from pretext.task import Batch, PretextTask, Recipe
+from unlabel.backbone import Backbone
+from unlabel.draws import Draws
+from unlabel.errors import UserError
 
 __all__ = ["ChannelWise", "Inpainting", "band_around", "draw_hidden"]
 
@@ -64,7 +64,8 @@ def draw_hidden(kind: str, share: float, size: int, draws: Draws) -> Tensor:
     else:
         field = _smooth_field(size, draws.stream("region")).flatten(1)
         count = min(max(1, round(share * size**2)), size**2 - 1)
-        hidden = (field <= field.kthvalue(count, dim=1, keepdim=True).values).view(n, size, size)
+        threshold = field.sort(dim=1).values[:, count - 1, None]
+        hidden = (field <= threshold).view(n, size, size)
     return hidden[:, None]
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from unlabel import augment
-from unlabel.backbone import build_backbone
 
 from downstream.features import StageFeatures, block_stats, extract, feature_stats, standardised
+from unlabel import augment
+from unlabel.backbone import build_backbone
 
 
 @pytest.fixture(scope="module")

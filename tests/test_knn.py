@@ -47,9 +47,11 @@ def test_what_is_chosen_follows_the_table(blobs):
 
 
 def test_a_tie_goes_to_the_nearer_neighbours_and_a_majority_stands():
-    likeness = np.array([[0.9, 0.8, 0.1, 0.05, -0.9]])
-    y = np.array([0, 1, 1, 0, 0])
-    assert knn._vote(likeness, y, 2, [1, 2, 3, 4, 5])[:, 0].tolist() == [0, 0, 1, 0, 0]
+    likeness = np.array([[-0.9, 0.8, 0.9, -0.5, -0.6]])
+    y = np.array([1, 0, 1, 0, 0])  # nearest first: 1 0 0 0 1
+    assert knn._vote(likeness, y, 2, [1, 2, 3, 4, 5])[:, 0].tolist() == [1, 1, 0, 0, 0]
+    lone = np.array([[-0.5, 0.95, -0.6]])
+    assert knn._vote(lone, np.array([0, 1, 0]), 2, [1, 2, 3])[:, 0].tolist() == [1, 1, 0]
 
 
 def test_order_of_the_labels_does_not_matter(blobs):

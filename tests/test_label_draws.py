@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from unlabel.errors import UserError
 
 from downstream.label_draws import LabelDraws
+from unlabel.errors import UserError
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_every_image_is_as_likely_as_every_other():
 
 @pytest.mark.parametrize("n_draws", [5, 10, 30])
 def test_a_pool_too_small_is_flagged_and_small_draws_stay_disjoint(n_draws):
-    labels = np.repeat([0, 1], [20, 40])
+    labels = np.repeat([0, 1], 20)
     draws = LabelDraws(labels, block=10, n_draws=n_draws)
     assert not draws.disjoint
     for k in range(1, 11):

@@ -175,7 +175,7 @@ def test_one_standard_error_rule_by_hand():
     assert choosing.one_standard_error(losses) == 2
 
 
-def test_grid_edge_is_reported():
+def test_grid_edge_is_reported(monkeypatch):
     features, y = make(signal=(0.0, 0.0))
     draws, stats = LabelDraws(y, 20, 8), feature_stats(features)
     trains = [draws.indices(d, 20) for d in range(8)]
@@ -184,3 +184,7 @@ def test_grid_edge_is_reported():
     assert all(r.on_grid_edge == (r.chosen["C"] in (strongest, weakest)) for r in results)
     # Nothing to find: the strongest regularisation, but for a fluke.
     assert sum(r.chosen["C"] == strongest for r in results) >= 7
+    features, y = make(signal=(0.0, 9.0))
+    monkeypatch.setattr(probe, "GRID_C", (0.001, 0.1))  # both too strong for so clear a signal
+    result = fit_probe(features, trains[0], y[trains[0]], feature_stats(features), 20)
+    assert (result.chosen["C"], result.on_grid_edge) == (0.1, True)

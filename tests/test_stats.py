@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from scipy.stats import norm, t
-from unlabel.errors import UserError
 
 from downstream.stats import paired, summarise, verdict
+from unlabel.errors import UserError
 
 
 def crossed(rng, draws, clusters, share, mean, seeds=1, seed_share=0.0, own_share=0.0):

@@ -28,7 +28,7 @@ BACKBONES: dict[str, OwnBackbone] = {
         "resnet18",
         {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256)},
         "half",
-        "the default, for CPUs: four stages of one basic block, 1.2 M weights, 61 M multiply-adds at 64 px",
+        "the default, for CPUs: four stages of one basic block, 1.2 M weights",
     ),
 }
 

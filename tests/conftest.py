@@ -1,0 +1,40 @@
+"""Shared by all tests: a cache of their own, one small real data set, small real runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """The packed images of the tests do not mix with the user's."""
+    old = os.environ.get("UNLABEL_CACHE")
+    os.environ["UNLABEL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if old is None:
+        del os.environ["UNLABEL_CACHE"]
+    else:
+        os.environ["UNLABEL_CACHE"] = old
+
+
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """320 of scikit-learn's handwritten digits, classes 0 to 3, as PNG files of 32 px in class folders."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images, target = np.asarray(digits["images"]), np.asarray(digits["target"])
+    root = tmp_path_factory.mktemp("digits")
+    for label in range(4):
+        (root / str(label)).mkdir()
+        for k in np.flatnonzero(target == label)[:80]:
+            image = Image.fromarray((images[k] * 255 / 16).astype(np.uint8))
+            image.resize((32, 32), Image.Resampling.BICUBIC).save(root / str(label) / f"{k:04d}.png")
+    return root

@@ -1,0 +1,113 @@
+"""What every entry of TASKS has to do: a new task is tested by being in the table."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pretext import TASKS, load_task
+from pretext.task import Batch
+from unlabel import optim
+from unlabel.augment import clean
+from unlabel.backbone import build_backbone
+from unlabel.draws import Draws
+from unlabel.previews import save_previews
+
+
+def make(name: str, model: str = "small", size: int = 32):
+    torch.manual_seed(0)
+    cls = load_task(name)
+    return cls(build_backbone(model, size), cls.Config())
+
+
+@pytest.fixture(scope="module")
+def photos(digits_folder: Path) -> torch.Tensor:
+    """(64, 3, 32, 32): real images, on a real batch."""
+    paths = sorted(digits_folder.rglob("*.png"))[::5][:64]
+    pixels = np.stack([np.asarray(Image.open(p).convert("RGB")) for p in paths])
+    return clean(torch.from_numpy(pixels), 32)
+
+
+def batch_of(images: torch.Tensor, epoch: int = 0, rows: slice = slice(None)) -> Batch:
+    index = list(range(len(images)))[rows]
+    return Batch(images[rows], Draws(0, [epoch] * len(index), index), 0.5)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_metrics_trivial_and_previews(name: str, photos: torch.Tensor, tmp_path: Path):
+    task, batch = make(name), batch_of(photos[:8])
+    task.train()
+    out = task(batch)
+    assert set(out) == {"loss", *task.metrics}
+    assert out["loss"].shape == ()
+    assert out["loss"].requires_grad
+    assert not any(out[k].requires_grad for k in task.metrics)
+    assert set(task.trivial(batch)) == set(task.metrics)
+    before = {k: v.clone() for k, v in task.backbone.state_dict().items()}
+    shown = task.show(batch)
+    for key in ("input", "target", "prediction"):
+        assert shown[key].shape == (8, 3, 32, 32)
+    (path,) = save_previews({name: task}, {name: batch}, tmp_path, 3)
+    assert Image.open(path).size[0] > 8 * 32
+    task.eval()
+    task.backbone.eval()
+    task.show(batch)
+    changed = [k for k, v in task.backbone.state_dict().items() if not torch.equal(v, before[k])]
+    # `show` in training mode may move BatchNorm, save_previews must not: it switches to eval and back.
+    save_previews({name: task}, {name: batch}, tmp_path, 4)
+    assert changed == [k for k, v in task.backbone.state_dict().items() if not torch.equal(v, before[k])]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_config_is_frozen_plain_and_documented(name: str):
+    cls = load_task(name).Config
+    assert dataclasses.is_dataclass(cls)
+    config = cls()
+    field = dataclasses.fields(cls)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, field, None)
+    assert TASKS[name][1]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_loss_is_a_mean_over_images(name: str, photos: torch.Tensor):
+    """Two halves average to the whole (batch statistics frozen): so two processes equal one."""
+    task = make(name, "convnext_atto").eval()
+    task.backbone.eval()
+    whole = task(batch_of(photos[:16]))["loss"]
+    halves = [task(batch_of(photos[:16], rows=rows))["loss"] for rows in (slice(0, 8), slice(8, 16))]
+    assert torch.allclose(whole, torch.stack(halves).mean(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_short_training_beats_trivial(name: str, photos: torch.Tensor):
+    """Loss falls on a real batch, and every metric passes what a network that learned nothing scores."""
+    task = make(name)
+    task.train()
+    optimizers = optim.make_optimizers(task.backbone, task.param_groups(), "adamw", 3e-3, 0.01)
+    losses, last = [], {}
+    for step in range(48):
+        out = task(batch_of(photos[:16], epoch=step % 4))
+        out["loss"].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(out["loss"].item())
+        last = {k: float(out[k]) for k in task.metrics}
+    assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
+    trivial = task.trivial(batch_of(photos[:16]))
+    for metric, direction in task.metrics.items():
+        better = last[metric] > trivial[metric] if direction == "max" else last[metric] < trivial[metric]
+        assert better, (metric, last[metric], trivial[metric])
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("model", ["mobilenetv3_small_050", "convnext_atto"])
+def test_other_backbones_get_gradients(name: str, model: str):
+    task = make(name, model, 64)
+    task(batch_of(torch.rand(2, 3, 64, 64)))["loss"].backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in task.backbone.parameters())

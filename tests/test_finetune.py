@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from downstream import finetune as ft
+from downstream.classifier import load_classifier, save_classifier
+from unlabel.backbone import build_backbone
+from unlabel.draws import Draws
+from unlabel.errors import UserError
+
+
+def two_shades(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Dark and light noisy images (n, 40, 40, 3): a task that a few steps can learn."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % 2
+    images = np.where(y[:, None, None, None] == 1, 170, 80) + rng.integers(-40, 40, (n, 40, 40, 3))
+    return images.astype(np.uint8), y
+
+
+def test_protocol_table():
+    for count, n in ((1, 1), (4, 1), (5, 1), (24, 1), (25, 3), (250, 3)):
+        tuned, scratch = ft.presets_for(count, False), ft.presets_for(count, True)
+        assert len(tuned) == n == len(scratch)
+        assert min(p.steps for p in scratch) >= max(p.steps for p in tuned)
+        assert all(p.batchnorm == "eval" for p in tuned)
+        assert all(p.batchnorm == "train" and p.top_layers is None for p in scratch)
+    assert ft.presets_for(1, False)[0].top_layers == 1
+    assert ft.presets_for(10, False)[0].top_layers is None
+    assert all(p.top_layers == 2 for p in ft.presets_for(50, False, top_layers=2))
+
+
+def test_blocks_are_the_stages_from_the_top():
+    backbone = build_backbone("small", 32)
+    groups = ft._blocks(backbone)
+    name_of = {id(p): n for n, p in backbone.model.named_parameters()}
+    names = [{name_of[id(p)].split(".")[0] for p in group} for group in groups]
+    assert names == [{"layer4"}, {"layer3"}, {"layer2"}, {"layer1", "conv1", "bn1"}]
+    assert sum(len(g) for g in groups) == len(name_of)
+
+
+def test_frozen_below_the_top_and_batchnorm_stays(monkeypatch: pytest.MonkeyPatch):
+    images, y = two_shades(16)
+    backbone = build_backbone("small", 32).eval()
+    before = copy.deepcopy(backbone.model.state_dict())
+    preset = ft.Preset("top", 5, 1e-2, top_layers=1)
+    tuned = ft.finetune(backbone, images, y, 2, [preset])
+    after = tuned.model.backbone.model.state_dict()
+    moved = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
+    assert moved == {"layer4"}
+    assert not any("running" in k and not torch.equal(before[k], after[k]) for k in before)
+    assert all(torch.equal(before[k], v) for k, v in backbone.model.state_dict().items())  # the original is whole
+
+
+def test_learns_starts_from_the_head_and_is_deterministic():
+    images, y = two_shades(32)
+    backbone = build_backbone("small", 32).eval()
+    preset = ft.Preset("all", 25, 2e-3)
+    seen: list[int] = []
+    a = ft.finetune(backbone, images, y, 2, [preset], on_step=seen.append)
+    b = ft.finetune(backbone, images, y, 2, [preset])
+    assert len(seen) == 25
+    logits = ft.predict_logits(a.model, images)
+    assert np.array_equal(logits, ft.predict_logits(b.model, images))
+    assert (logits.argmax(1) == y).mean() > 0.95
+    head = (np.stack([np.full(256, -1.0), np.full(256, 1.0)]), np.array([3.0, -3.0]))
+    still = ft.finetune(backbone, images, y, 2, [ft.Preset("still", 1, 0.0)], head=lambda rows: head)
+    assert torch.allclose(still.model.head.weight, torch.tensor(head[0], dtype=torch.float32))
+
+
+def test_the_choice_uses_held_out_labels_and_refits_on_all():
+    images, y = two_shades(60)
+    backbone = build_backbone("small", 32).eval()
+    presets = [ft.Preset("broken", 6, 0.0), ft.Preset("works", 12, 2e-3), ft.Preset("also broken", 6, 0.0)]
+    rows_seen: list[int] = []
+
+    def head(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows_seen.append(len(rows))
+        return np.zeros((2, 256)), np.zeros(2)
+
+    tuned = ft.finetune(backbone, images, y, 2, presets, head=head)
+    assert tuned.chosen["preset"] == "works"
+    assert not tuned.on_grid_edge
+    assert len(tuned.chosen["holdout_log_loss"]) == 3
+    assert rows_seen == [48, 48, 48, 60]
+    held = ft._holdout(y, 0)
+    assert np.bincount(y[held]).tolist() == [6, 6]
+
+
+def test_predictions_average_the_mirror_and_ignore_batches():
+    images, _ = two_shades(10)
+    model = ft.Classifier(build_backbone("small", 32), 3).eval()
+    logits = ft.predict_logits(model, images)
+    assert np.allclose(logits, ft.predict_logits(model, images[:, :, ::-1]), atol=1e-5)
+    assert np.allclose(logits[:3], ft.predict_logits(model, images[:3], batch_size=2), atol=1e-5)
+
+
+def test_cutout_hides_one_square():
+    images = torch.rand(6, 3, 40, 40) * 0.4
+    out = ft.cutout(images, Draws(0, [0] * 6, range(6)), share=0.3)
+    hidden = (out != images).all(1).flatten(1).sum(1)
+    assert (hidden > 0).all()
+    assert hidden.max() <= 13 * 13
+    assert torch.equal(out[out != images], torch.full_like(out[out != images], 0.5))
+
+
+def test_classifier_round_trip_and_errors(tmp_path):
+    images, _ = two_shades(4)
+    model = ft.Classifier(build_backbone("small", 32), 2).eval()
+    save_classifier(model, ["=cmd", "däg"], tmp_path)
+    again, classes = load_classifier(tmp_path)
+    assert classes == ["=cmd", "däg"]
+    assert np.array_equal(ft.predict_logits(model, images), ft.predict_logits(again, images))
+    (tmp_path / "classifier.safetensors").write_bytes(b"not weights")
+    with pytest.raises(UserError, match="not a readable"):
+        load_classifier(tmp_path)
+    with pytest.raises(UserError, match="no classifier"):
+        load_classifier(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="two classes"):
+        ft.finetune(model.backbone, images, np.zeros(4, int), 2, [ft.Preset("x", 1, 1e-3)])

@@ -1,0 +1,255 @@
+"""The loop on real files: resume, refusal, finish, two processes, broken files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pretext import TASKS
+from safetensors.torch import load_file
+from unlabel import checkpoint, optim
+from unlabel.backbone import load_backbone
+from unlabel.config import PretrainConfig
+from unlabel.errors import UserError
+from unlabel.pretrain import pretrain
+from unlabel.runfolder import RunFolder
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def settings(data: Path, out: Path, *tasks: str, **more) -> PretrainConfig:
+    given = {"image_size": 32, "epochs": 0.5, "batch_size": 16, "checkpoint_every": 3, "log_every": 2, **more}
+    return PretrainConfig(tasks=tasks, data=(str(data),), out=out, **given)
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, config: PretrainConfig, saves: int) -> None:
+    """Run until the checkpoint has been written ``saves`` times, and two steps more, then die without a word."""
+    count = {"saves": 0, "steps": 0}
+    real_save, real_rates = checkpoint.save, optim.set_rates
+
+    def save(*args):
+        count["saves"] += 1
+        return real_save(*args)
+
+    def rates(*args):
+        count["steps"] += count["saves"] >= saves
+        if count["steps"] > 2:
+            raise Killed
+        real_rates(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        patch.setattr(optim, "set_rates", rates)
+        with pytest.raises(Killed):
+            pretrain(config)
+
+
+@pytest.mark.parametrize("tasks", [*((t,) for t in TASKS), ("rotation", "denoising")])
+def test_a_run_that_died_in_the_middle_of_an_epoch_ends_byte_for_byte_the_same(
+    tasks: tuple[str, ...], digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = pretrain(settings(digits_folder, tmp_path / "whole", *tasks))
+    config = settings(digits_folder, tmp_path / "died", *tasks)
+    killed_at(monkeypatch, config, saves=1)
+    assert not (config.out / "backbone.safetensors").exists()
+    killed_at(monkeypatch, config, saves=1)
+    died = pretrain(config)
+    assert (died / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()
+    steps = [json.loads(line)["step"] for line in (died / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6, 8, 10]  # cut back and written once
+    assert len(list((died / "checkpoints").glob("step-*.pt"))) == 2
+
+
+def test_run_folder_and_exported_weights(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = pretrain(settings(digits_folder, tmp_path / "run", "rotation", "inpainting", weights=(1.0, 0.3)))
+    names = {p.name for p in out.iterdir() if not p.name.startswith(".")}
+    expected = {"config.json", "metrics.jsonl", "previews", "checkpoints", "backbone.safetensors", "backbone.json"}
+    assert names == expected | {"skipped.txt"}
+    about = json.loads((out / "config.json").read_text())
+    assert about["settings"]["weights"] == [1.0, 0.3]
+    assert about["resolved"]["steps"] == 10
+    assert {"versions", "hardware", "commit", "fingerprint", "finished"} <= about.keys()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for metric in ("rotation/accuracy", "inpainting/error"):
+            assert metric in line["metrics"]
+            assert metric in line["trivial"]
+        task_losses = line["metrics"]["rotation/loss"] + 0.3 * line["metrics"]["inpainting/loss"]
+        assert line["loss"] == pytest.approx(task_losses, abs=1e-4)
+    assert {p.name.split("-")[0] for p in (out / "previews").iterdir()} == {"rotation", "inpainting"}
+    state = load_file(out / "backbone.safetensors")
+    assert not any("classifier" in k or "decoder" in k or "tasks" in k for k in state)
+    assert load_backbone(out)(torch.rand(1, 3, 32, 32)).pooled.shape == (1, 256)
+    # Again: verified, nothing done. Other settings or data: refused, with what differs.
+    before = (out / "backbone.safetensors").stat().st_mtime_ns
+    pretrain(settings(digits_folder / ".." / digits_folder.name, out, "rotation", "inpainting", weights=(1.0, 0.3)))
+    assert "finished and verified" in capsys.readouterr().out
+    assert (out / "backbone.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"batch_size was 16, now 8"):
+        pretrain(settings(digits_folder, out, "rotation", "inpainting", weights=(1.0, 0.3), batch_size=8))
+    with pytest.raises(UserError, match="data"):
+        pretrain(settings(digits_folder / "1", out, "rotation", "inpainting", weights=(1.0, 0.3)))
+    (out / "backbone.safetensors").write_bytes(b"changed")
+    with pytest.raises(UserError, match="checksum"):
+        pretrain(settings(digits_folder, out, "rotation", "inpainting", weights=(1.0, 0.3)))
+
+
+def test_damaged_checkpoints(digits_folder: Path, tmp_path: Path, monkeypatch, capsys):
+    config = settings(digits_folder, tmp_path / "run", "denoising")
+    whole = pretrain(settings(digits_folder, tmp_path / "whole", "denoising"))
+    killed_at(monkeypatch, config, saves=2)
+    newest, older = sorted(RunFolder(config.out).checkpoints.glob("*.pt"), reverse=True)
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    pretrain(config)  # the one before is used, and the damaged one is named
+    captured = capsys.readouterr()
+    assert newest.name in captured.err
+    assert f"continues from step {int(older.stem.split('-')[1])}" in captured.out
+    assert (config.out / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()
+    other = settings(digits_folder, tmp_path / "all-bad", "denoising")
+    killed_at(monkeypatch, other, saves=2)
+    for path in RunFolder(other.out).checkpoints.glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
+        pretrain(other)
+
+
+def test_a_hostile_checkpoint_runs_no_code(tmp_path: Path):
+    import hashlib
+    import pickle
+
+    class Payload:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'owned'}",))
+
+    payload = pickle.dumps(Payload())
+    path = tmp_path / "step-000000001.pt"
+    path.write_bytes(checkpoint._MAGIC + hashlib.sha256(payload).digest() + payload)
+    with pytest.raises(UserError, match="none of the 1 checkpoints"):
+        checkpoint.load_newest(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_one_writer_at_a_time(tmp_path: Path):
+    code = "import sys, time; from pathlib import Path; from unlabel.checkpoint import lock\n"
+    code += "with lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another run is writing"), checkpoint.lock(tmp_path):
+            pass
+        holder.kill()
+        holder.wait()
+        with checkpoint.lock(tmp_path):  # a dead process keeps nothing
+            pass
+    finally:
+        holder.kill()
+
+
+def test_settings_that_a_person_can_get_wrong(digits_folder: Path, tmp_path: Path):
+    cases = [
+        ({"weights": (1.0,)}, ("rotation", "denoising"), "one per task"),
+        ({"epochs": 1.0, "minutes": 1.0}, ("rotation",), "not both"),
+        ({"lr": -1.0}, ("rotation",), "above zero"),
+        ({"backbone": "nonesuch"}, ("rotation",), "unlabel list"),
+        ({"init": Path("nowhere")}, ("rotation",), "does not exist"),
+        ({}, ("rotate",), "unknown pretext task"),
+    ]
+    for k, (more, tasks, message) in enumerate(cases):
+        with pytest.raises(UserError, match=message):
+            pretrain(settings(digits_folder, tmp_path / str(k), *tasks, **more))
+
+
+def test_init_starts_from_another_backbone(digits_folder: Path, tmp_path: Path):
+    first = pretrain(settings(digits_folder, tmp_path / "first", "rotation"))
+    still = settings(digits_folder, tmp_path / "still", "rotation", init=first, lr=1e-12)
+    second = pretrain(dataclasses.replace(still, epochs=0.1))
+    a, b = (load_file(p / "backbone.safetensors") for p in (first, second))
+    assert torch.allclose(a["layer1.0.conv1.weight"], b["layer1.0.conv1.weight"], atol=1e-6)
+
+
+def test_minutes_become_steps_and_are_kept(digits_folder: Path, tmp_path: Path, monkeypatch):
+    config = settings(digits_folder, tmp_path / "run", "denoising", epochs=None, minutes=0.05)
+    killed_at(monkeypatch, config, saves=1)
+    steps = json.loads((config.out / "config.json").read_text())["resolved"]["steps"]
+    assert steps >= 4
+    pretrain(config)
+    assert json.loads((config.out / "config.json").read_text())["finished"]["steps"] == steps
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "unlabel", *args]
+
+
+def test_sigkill_and_sigterm(digits_folder: Path, tmp_path: Path):
+    """Real processes and real signals: killed, then politely stopped, then finished; equal to the undisturbed run."""
+    flags = "--image-size 32 --epochs 1 --batch-size 16 --checkpoint-every 2 --device cpu".split()
+    run = command("pretrain", "rotation", "--data", str(digits_folder), *flags, "--out", str(tmp_path / "disturbed"))
+    checkpoints = tmp_path / "disturbed" / "checkpoints"
+    for signum, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        known = set(checkpoints.glob("*.pt"))
+        process = subprocess.Popen(run, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        deadline = time.monotonic() + 120
+        while set(checkpoints.glob("*.pt")) <= known and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == code, errors
+    assert "the same command continues" in errors
+    subprocess.run(run, check=True, capture_output=True)
+    whole = pretrain(PretrainConfig(
+        tasks=("rotation",), data=(str(digits_folder),), out=tmp_path / "whole", image_size=32, epochs=1.0,
+        batch_size=16, checkpoint_every=2, device="cpu",
+    ))  # fmt: skip
+    a, b = ((tmp_path / k / "backbone.safetensors").read_bytes() for k in ("disturbed", "whole"))
+    assert a == b, whole
+
+
+def test_two_processes_equal_one(digits_folder: Path, tmp_path: Path):
+    """Same global batch, order and draws: after 10 steps the weights agree. LayerNorm, so no batch statistics."""
+    # The one BatchNorm that rotation has is in its disposable block: without it, a linear head.
+    flags = "--backbone convnext_atto --image-size 32 --epochs 0.5 --batch-size 16 --device cpu".split()
+    flags += "--optimizer sgd --lr 0.05 --rotation.blocks 0".split()
+    base = ["pretrain", *TASKS, "--data", str(digits_folder), *flags, "--out"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "unlabel"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    two = subprocess.run([*torchrun, *base, str(tmp_path / "two")], capture_output=True, text=True, env=environment)
+    assert two.returncode == 0, two.stderr[-2000:]
+    subprocess.run(command(*base, str(tmp_path / "one")), check=True, capture_output=True)
+    a, b = (load_file(tmp_path / k / "backbone.safetensors") for k in ("one", "two"))
+    start = load_file(pretrain(settings(digits_folder, tmp_path / "start", "rotation", backbone="convnext_atto", lr=1e-12, epochs=0.1)) / "backbone.safetensors")  # noqa: E501  # fmt: skip
+    moved = max(float((a[k] - start[k]).abs().max()) for k in a)
+    apart = max(float((a[k] - b[k]).abs().max()) for k in a)
+    assert moved > 1e-3
+    assert apart < 0.02 * moved
+
+
+def test_broken_files_are_listed(digits_folder: Path, tmp_path: Path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for k, path in enumerate(sorted(digits_folder.rglob("*.png"))):
+        (data / f"{k}.png").write_bytes(path.read_bytes())
+    broken = {"empty.png": b"", "text.jpg": b"hello", "cut.png": path.read_bytes()[:60], "a\nb.png": b"\x89PNG\r\n"}
+    for name, content in broken.items():
+        (data / name).write_bytes(content)
+    out = pretrain(settings(data, tmp_path / "run", "rotation", max_skipped=0.05))
+    lines = (out / "skipped.txt").read_text().splitlines()
+    assert lines == sorted(lines)
+    assert [line.split("\t")[0] for line in lines] == ["a\\nb.png", "cut.png", "empty.png", "text.jpg"]
+    assert all(line.split("\t")[1] for line in lines)
+    with pytest.raises(UserError, match="max-skipped"):
+        pretrain(settings(data, tmp_path / "strict", "rotation"))
