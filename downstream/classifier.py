@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
+
+from downstream.finetune import Classifier, predict_logits
 from unlabel.apply import safe_cell
 from unlabel.backbone import MAX_BYTES, Backbone, compare_weights, spec_from_json, spec_to_json
 from unlabel.cache import load_cache, printable
@@ -20,8 +22,6 @@ from unlabel.config import PredictConfig
 from unlabel.distributed import pick_device
 from unlabel.errors import UserError
 from unlabel.sources import open_source
-
-from downstream.finetune import Classifier, predict_logits
 
 __all__ = ["load_classifier", "predict", "save_classifier"]
 

@@ -17,11 +17,6 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from tqdm import tqdm
-from unlabel.augment import clean
-from unlabel.backbone import Backbone, build_backbone, load_backbone
-from unlabel.batchnorm import estimate_statistics
-from unlabel.checkpoint import file_sha256, write_atomic
-from unlabel.draws import mix
 
 from downstream import finetune as ft
 from downstream.classifier import save_classifier
@@ -30,6 +25,11 @@ from downstream.features import StageFeatures, extract, feature_stats
 from downstream.knn import fit_knn
 from downstream.label_draws import LabelDraws
 from downstream.probe import fit_head, fit_probe
+from unlabel.augment import clean
+from unlabel.backbone import Backbone, build_backbone, load_backbone
+from unlabel.batchnorm import estimate_statistics
+from unlabel.checkpoint import file_sha256, write_atomic
+from unlabel.draws import mix
 
 __all__ = ["Arm", "Images", "Table", "control_arms", "fill"]
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from unlabel.augment import clean, colour_jitter, random_view
 from unlabel.backbone import Backbone, channels_last
 from unlabel.draws import Draws, mix

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
-from unlabel.augment import colour_jitter
-from unlabel.backbone import Backbone
 
 from pretext.task import Batch, PretextTask, Recipe
+from unlabel.augment import colour_jitter
+from unlabel.backbone import Backbone
 
 __all__ = ["Rotation", "four_rotations"]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
+
 from unlabel.backbone import Backbone
 from unlabel.draws import Draws
 

@@ -16,6 +16,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+
 from unlabel.cache import ImageCache, load_cache
 from unlabel.duplicates import clusters
 from unlabel.sources import open_source

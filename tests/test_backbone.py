@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+
 from unlabel.backbone import build_backbone, load_backbone, save_backbone
 from unlabel.batchnorm import estimate_statistics
 from unlabel.errors import UserError
@@ -103,5 +104,3 @@ def test_batchnorm_statistics_match_what_clean_images_give():
         assert module.running_var is not None
         assert ((module.running_mean - mean).abs() / std).max() < 0.02, name
         assert (module.running_var / std.square() - 1).abs().max() < 0.02, name
-
-

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from unlabel.cache import TooManyBroken, cache_side, load_cache, printable, write_skipped
 from unlabel.decode import BrokenImage, decode
 from unlabel.errors import UserError

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from unlabel.check import check, render, run_check
 from unlabel.errors import UserError
 from unlabel.sources import open_source

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from pretext import TASKS, load_task
 from pretext.task import Batch
 from unlabel import optim

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+
 from unlabel.draws import Draws
 from unlabel.order import batch_at, steps_for
 

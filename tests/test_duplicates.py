@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
+
 from unlabel.cache import ImageCache, load_cache
 from unlabel.duplicates import _near_hashes, clusters, content_split
 from unlabel.sources import open_source

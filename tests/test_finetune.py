@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+
 from downstream import finetune as ft
 from downstream.classifier import load_classifier, save_classifier
 from unlabel.backbone import build_backbone

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from pretext.rotation import Rotation, four_rotations, pairwise_accuracy
 from pretext.task import Batch
 from unlabel.augment import random_view

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretext import TASKS
 from safetensors.torch import load_file
+
+from pretext import TASKS
 from unlabel import checkpoint, optim
 from unlabel.backbone import load_backbone
 from unlabel.config import PretrainConfig
@@ -197,7 +198,7 @@ def command(*args: str) -> list[str]:
 
 def test_sigkill_and_sigterm(digits_folder: Path, tmp_path: Path):
     """Real processes and real signals: killed, then politely stopped, then finished; equal to the undisturbed run."""
-    flags = "--image-size 32 --epochs 1 --batch-size 16 --checkpoint-every 2 --device cpu".split()
+    flags = ["--image-size", "32", "--epochs", "1", "--batch-size", "16", "--checkpoint-every", "2", "--device", "cpu"]
     run = command("pretrain", "rotation", "--data", str(digits_folder), *flags, "--out", str(tmp_path / "disturbed"))
     checkpoints = tmp_path / "disturbed" / "checkpoints"
     for signum, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):

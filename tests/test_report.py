@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
 from unlabel.errors import UserError
 from unlabel.report import accuracy_svg, answer, format_table, write_report
 

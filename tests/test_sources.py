@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from unlabel.errors import UserError
 from unlabel.sources import DATASETS, Source, open_source, own_test_split
 

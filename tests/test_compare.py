@@ -1,0 +1,246 @@
+"""The few-label table end to end on real digits, and the protocol's promises."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from downstream import evaluate as ev
+from downstream import finetune as ft
+from unlabel.cache import load_cache
+from unlabel.cli import main
+from unlabel.compare import label_counts, split_data
+from unlabel.config import EvaluateConfig
+from unlabel.errors import UserError
+from unlabel.sources import open_source
+
+
+@pytest.fixture(scope="module")
+def short_presets():
+    """The protocol's presets with a few steps each: what is tested here is the plumbing."""
+    patch = pytest.MonkeyPatch()
+    for name in ("_FEW", "_SOME", "_MANY", "_SCRATCH_FEW", "_SCRATCH_MANY"):
+        patch.setattr(ft, name, tuple(dataclasses.replace(p, steps=4, batch_size=16) for p in getattr(ft, name)))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def compared(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory, short_presets) -> Path:
+    out = tmp_path_factory.mktemp("compare") / "out"
+    assert main(compare_command(digits_folder, out)) == 0
+    return out
+
+
+def compare_command(data: Path, out: Path) -> list[str]:
+    flags = "--image-size 32 --tasks rotation denoising --epochs 0.3 --labels-per-class 1 5 25 --draws 2"
+    sources = ["--data", str(data), "--train", str(data), "--out", str(out)]
+    return ["compare", *sources, *flags.split(), "--denoising.noise", "masking"]
+
+
+def test_results_follow_the_schema(compared: Path):
+    results = json.loads((compared / "results.json").read_text())
+    assert results["schema"] == 1
+    arms = {"rotation", "denoising", "random", "pixels", "patches", "scratch"}
+    where = {"linear": arms - {"scratch"}, "knn": arms - {"scratch"}, "finetune": {"rotation", "denoising", "scratch"}}
+    cells = [(r["arm"], r["protocol"], r["labels_per_class"]) for r in results["summary"]]
+    assert len(cells) == len(set(cells))
+    assert set(cells) == {(a, p, c) for p, found in where.items() for a in found for c in (1, 5, 25)}
+    for row in results["rows"]:
+        assert {
+            "arm",
+            "protocol",
+            "labels_per_class",
+            "draw",
+            "seed",
+            "accuracy",
+            "chosen",
+            "on_grid_edge",
+        } <= row.keys()
+        assert {"steps", "seconds"} <= row.keys()
+    assert len(results["rows"]) == 2 * len(cells)
+    for line in results["summary"]:
+        mine = [
+            r["accuracy"]
+            for r in results["rows"]
+            if all(r[k] == line[k] for k in ("arm", "protocol", "labels_per_class"))
+        ]
+        assert line["mean"] == pytest.approx(np.mean(mine))
+        assert line["ci_low"] <= line["mean"] <= line["ci_high"]
+        assert (line["n_draws"], line["n_seeds"], line["unit"]) == (2, 1, "draw")
+    stages = {(r["arm"], r["stage"]) for r in results["stages"]}
+    assert stages == {(a, s) for a in ("rotation", "denoising", "random") for s in ("s1", "s2", "s4", "s8")}
+    primary = [p for p in results["paired"] if p["primary"]]
+    assert [(p["arm"], p["versus"], p["protocol"], p["labels_per_class"]) for p in primary] == [
+        ("rotation", "scratch", "finetune", 5)
+    ]
+    assert results["provenance"]["overlap"] == {"test_in_pretraining": 0}
+    assert results["provenance"]["left_out_of_pretraining"] > 0  # the data is its own training source
+    assert json.loads((compared / "runs/denoising-seed0/config.json").read_text())["settings"]["task_settings"] == {
+        "denoising": {"noise": "masking"}
+    }
+
+
+def test_predictions_and_splits_let_others_test_again(compared: Path):
+    results = json.loads((compared / "results.json").read_text())
+    split = json.loads((compared / "splits.json").read_text())
+    with np.load(compared / "predictions.npz") as stored:
+        hits = stored["rotation|linear|5"]
+        assert hits.shape == (1, 2, len(split["test"]["names"]))
+        rows = [
+            r for r in results["rows"] if (r["arm"], r["protocol"], r["labels_per_class"]) == ("rotation", "linear", 5)
+        ]
+        assert hits.mean(2)[0] == pytest.approx([r["accuracy"] for r in rows])
+    assert not set(split["test"]["clusters"]) & set(split["pool"]["clusters"])
+    assert not set(split["test"]["hashes"]) & set(split["pool"]["hashes"])
+    share = len(split["test"]["names"]) / (len(split["test"]["names"]) + len(split["pool"]["names"]))
+    assert 0.15 < share < 0.25
+    five, one = split["draws"]["5"], split["draws"]["1"]
+    assert all(set(a) <= set(b) for a, b in zip(one, five, strict=True))
+    assert not set(five[0]) & set(five[1])
+
+
+def test_again_does_nothing_twice(compared: Path, digits_folder: Path, capsys: pytest.CaptureFixture[str]):
+    cells = {p: p.stat().st_mtime_ns for p in (compared / "cells").iterdir()}
+    before = json.loads((compared / "results.json").read_text())
+    assert main(compare_command(digits_folder, compared)) == 0
+    assert "finished and verified" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in (compared / "cells").iterdir()} == cells
+    after = json.loads((compared / "results.json").read_text())
+    assert {k: v for k, v in before.items() if k != "provenance"} == {
+        k: v for k, v in after.items() if k != "provenance"
+    }
+
+
+def test_evaluate_predict_embed_export_report(compared: Path, digits_folder: Path, tmp_path: Path):
+    run = compared / "runs" / "rotation-seed0"
+    rows = [(p.relative_to(digits_folder).as_posix(), "even" if int(p.parent.name) % 2 == 0 else "odd")
+            for p in sorted(digits_folder.rglob("*.png"))]  # fmt: skip
+    table = tmp_path / "labels.csv"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([("name", "label"), *rows])
+    flags = ["--labels", str(table), *"--protocol linear --labels-per-class 5 all --draws 2 --no-controls".split()]
+    assert main(["evaluate", str(run), "--train", str(digits_folder), *flags, "--out", str(tmp_path / "e")]) == 0
+    results = json.loads((tmp_path / "e" / "results.json").read_text())
+    assert [(r["arm"], r["labels_per_class"], r["n_draws"]) for r in results["summary"]] == [
+        ("rotation", 5, 2), ("rotation", "all", 1)
+    ]  # fmt: skip
+    assert results["provenance"]["data"]["train"]["classes"] == ["even", "odd"]
+    assert main(["predict", str(compared), "--data", str(digits_folder), "--out", str(tmp_path / "p.csv")]) == 0
+    with (tmp_path / "p.csv").open() as file:
+        predicted = list(csv.reader(file))
+    assert predicted[0] == ["name", "class", "p_0", "p_1", "p_2", "p_3"]
+    assert len(predicted) == 321
+    assert sum(map(float, predicted[1][2:])) == pytest.approx(1, abs=1e-4)
+    assert main(["embed", str(run), "--data", str(digits_folder), "--out", str(tmp_path / "f.npz")]) == 0
+    assert main(["embed", str(run), "--data", str(digits_folder), "--out", str(tmp_path / "f.csv")]) == 0
+    with np.load(tmp_path / "f.npz") as stored, (tmp_path / "f.csv").open() as file:
+        lines = list(csv.reader(file))
+        assert stored["features"].shape == (320, 256)
+        assert [r[0] for r in lines[1:]] == stored["names"].tolist()
+        assert np.allclose(np.array([r[1:] for r in lines[1:]], float), stored["features"], rtol=1e-4, atol=1e-5)
+    assert main(["export", str(run), "--to", str(tmp_path / "b.safetensors")]) == 0
+    assert (tmp_path / "b.safetensors").read_bytes() == (run / "backbone.safetensors").read_bytes()
+    (compared / "report.html").unlink()
+    assert main(["report", str(compared)]) == 0
+    assert "rotation" in (compared / "report.html").read_text()
+
+
+def table_of(digits_folder: Path, run: Path, out: Path, y_test=None, y_pool=None) -> tuple[ev.Table, ev.Arm]:
+    split = split_data(EvaluateConfig(run=run, train=str(digits_folder)), 32, None)
+    test = split.test if y_test is None else dataclasses.replace(split.test, y=y_test(split.test.y))
+    pool = split.pool if y_pool is None else dataclasses.replace(split.pool, y=y_pool(split.pool.y))
+    table = ev.Table(pool, test, pool.pixels, split.classes, (5, 25), 2, ("linear", "knn", "finetune"),
+                     ("small", "auto"), 32, torch.device("cpu"), out)  # fmt: skip
+    return table, ev.Arm("rotation", "backbone", (0,), (run,))
+
+
+def test_permuted_test_labels_change_no_choice(compared: Path, digits_folder: Path, tmp_path: Path, short_presets):
+    run = compared / "runs" / "rotation-seed0"
+    found = []
+    for k, shuffle in enumerate((None, np.random.default_rng(0).permutation)):
+        table, arm = table_of(digits_folder, run, tmp_path / str(k), y_test=shuffle)
+        rows, predictions = ev.fill(table, [arm], None)
+        found.append(([{**r, "seconds": 0} for r in rows], predictions))
+    (rows_a, predictions_a), (rows_b, predictions_b) = found
+    assert rows_a == rows_b
+    assert all(np.array_equal(predictions_a[k], predictions_b[k]) for k in predictions_a)
+
+
+def test_permuted_training_labels_give_chance(compared: Path, digits_folder: Path, tmp_path: Path):
+    rng = np.random.default_rng(1)
+    accuracies = []
+    for k, shuffle in enumerate((lambda y: y, rng.permutation)):
+        run = compared / "runs" / "rotation-seed0"
+        table, arm = table_of(digits_folder, run, tmp_path / str(k), y_pool=shuffle)
+        table = dataclasses.replace(table, protocols=("linear", "knn"), counts=(25,))
+        _, predictions = ev.fill(table, [arm], None)
+        hits = [p == table.test.y for (_, _, _, stage), p in predictions.items() if stage is None]
+        accuracies.append(np.mean(hits))
+    assert accuracies[0] > 0.8
+    assert abs(accuracies[1] - 0.25) < 0.12  # four classes, 64 test images, 2 draws, 2 protocols
+
+
+def test_given_test_set_loses_its_duplicates_from_the_pool(digits_folder: Path, tmp_path: Path):
+    cache = load_cache(open_source(str(digits_folder)), 32)
+    for k in range(0, 320, 8):
+        source, target = digits_folder / cache.names[k], tmp_path / "test" / cache.names[k]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+    config = EvaluateConfig(run=tmp_path, train=str(digits_folder), test=str(tmp_path / "test"))
+    split = split_data(config, 32, cache)
+    assert len(split.test) == 40
+    assert len(split.pool) <= 280
+    assert not set(split.test.clusters) & set(split.pool.clusters)
+    assert len(split.pretraining_leaks) >= 40
+    assert "near-duplicates" in split.warnings[0]
+
+
+def test_errors_of_the_command_line(compared: Path, digits_folder: Path, tmp_path: Path, capsys):
+    data, run, out = str(digits_folder), str(compared / "runs/rotation-seed0"), str(tmp_path / "o")
+    (tmp_path / "empty").mkdir()
+    other = tmp_path / "other"
+    for name in ("0", "zebra"):
+        (other / name).mkdir(parents=True)
+        for p in sorted((digits_folder / "0").iterdir())[:3]:
+            (other / name / p.name).write_bytes(p.read_bytes())
+    cases = [
+        (["pretrain", "nonesuch", "--data", data, "--out", out], "unknown pretext task"),
+        (["pretrain", "--data", data, "--out", out], "at least one pretext task"),
+        (["pretrain", "rotation", "--data", str(tmp_path / "empty"), "--out", out], "no "),
+        (["pretrain", "rotation", "--data", str(tmp_path / "gone"), "--out", out], "gone"),
+        (["pretrain", "rotation", "--data", data, "--out", out, "--denoising.noise", "x"], "not among the tasks"),
+        (["frobnicate"], "unknown command"),
+        (["evaluate", run, "--train", data, "--labels-per-class", "500", "--out", out], "at most"),
+        (["evaluate", run, "--train", data, "--labels-per-class", "five", "--out", out], "whole numbers"),
+        (["evaluate", run, "--train", str(digits_folder / "1"), "--out", out], "class"),
+        (["evaluate", run, "--train", data, "--test", str(other), "--out", out], "zebra"),
+        (["evaluate", str(tmp_path), "--train", data, "--out", out], "is the run finished"),
+        (["predict", run, "--data", data, "--out", out], "no classifier"),
+        (["embed", run, "--data", data, "--out", str(tmp_path / "f.txt")], ".npz or .csv"),
+        (["export", run, "--to", str(tmp_path / "f.bin")], ".safetensors or .onnx"),
+        (["report", str(tmp_path)], "no results.json"),
+    ]
+    for argv, message in cases:
+        assert main(argv) == 2, argv
+        errors = capsys.readouterr().err
+        last = errors.strip().splitlines()[-1]
+        assert last.startswith("unlabel: "), argv
+        assert message in last, (argv, last)
+        assert "Traceback" not in errors
+
+
+def test_label_counts_default_to_what_there_is():
+    config = EvaluateConfig(run=Path(), train="x")
+    assert label_counts(config, np.arange(40) % 2) == (1, 10)
+    assert label_counts(config, np.arange(400) % 2) == (1, 10, 50)
+    chosen = dataclasses.replace(config, labels_per_class=("all", "20", "3", "3"))
+    assert label_counts(chosen, np.arange(400) % 2) == (3, 20, "all")
+    with pytest.raises(UserError, match="whole numbers"):
+        label_counts(dataclasses.replace(config, labels_per_class=("0",)), np.arange(4) % 2)
