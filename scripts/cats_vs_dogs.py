@@ -1,10 +1,13 @@
-"""Few-label cats vs dogs.
+"""Few-label cats vs dogs, 64 px.
 
 Splits once, by cluster of near-duplicates and by content hash, never by seed: test 2,500 and development 1,500
 photos per class, the rest is the pool. Pretraining sees unlabelled + pool + development, without labels.
 
-    python scripts/cats_vs_dogs.py split --photos FOLDER --out runs/cats-vs-dogs
-        FOLDER holds labelled.tar.gz (cat/, dog/) and unlabelled.tar.gz
+    python scripts/cats_vs_dogs.py split --photos FOLDER        (labelled.tar.gz with cat/ and dog/, unlabelled.tar.gz)
+    python scripts/cats_vs_dogs.py rotation RUN                 rotation accuracy of a run on the test photos
+    python scripts/cats_vs_dogs.py publish RESULTS.json         results/cats_vs_dogs.json and the README's figure
+
+Between the first and the others, the ordinary commands (README.md has the lines that were run and what came out).
 """
 
 from __future__ import annotations
@@ -16,9 +19,15 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from pretext.rotation import Rotation, four_rotations, pairwise_accuracy
+from unlabel import checkpoint
+from unlabel.augment import clean
+from unlabel.backbone import load_backbone
 from unlabel.cache import ImageCache, load_cache
 from unlabel.duplicates import clusters
+from unlabel.report import accuracy_svg, answer, format_table
 from unlabel.sources import open_source
 
 IMAGE_SIZE = 64
@@ -73,13 +82,59 @@ def split(photos: Path, out: Path) -> None:
     print(counts)
 
 
+@torch.no_grad()
+def rotation_accuracy(run: Path, out: Path) -> None:
+    """Four-way, 0°/180° given the axis, and 0/180 against 90/270: the photos were squeezed, which tells the axis."""
+    backbone = load_backbone(run)
+    about = json.loads((run / "config.json").read_text())
+    task = Rotation(backbone, Rotation.Config(**about["settings"]["task_settings"].get("rotation", {}))).eval()
+    state = checkpoint.load_newest(run / "checkpoints")
+    assert state is not None
+    # As training left it: the exported backbone's BatchNorm is for upright images alone.
+    for module, prefix in ((task, "tasks.rotation."), (backbone, "backbone.")):
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)})
+    test = load_cache(open_source(str(out / "split" / "test")), IMAGE_SIZE)
+    logits, labels = [], []
+    for at in range(0, len(test), 250):
+        views, turns = four_rotations(clean(torch.from_numpy(test.images[at : at + 250]), IMAGE_SIZE))
+        logits.append(task.logits(views))
+        labels.append(turns)
+    scores, truth = torch.cat(logits), torch.cat(labels)
+    half, quarter = pairwise_accuracy(scores, truth)
+    hit = (scores.argmax(1) == truth).float().mean()
+    found = {"photos": len(test), "four_way": float(hit), "half_turn": float(half), "axis": float(quarter)}
+    (Path("results") / f"cats_vs_dogs_{run.name}_rotation_accuracy.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(found)
+
+
+def publish(path: Path) -> None:
+    """The table without the rows of single draws, and the figure."""
+    results = json.loads(path.read_text())
+    Path("results").mkdir(exist_ok=True)
+    Path("results/cats_vs_dogs.svg").write_text(accuracy_svg(results), "utf-8")
+    text = json.dumps(results, indent=1)
+    Path("results/cats_vs_dogs.json").write_text(text + "\n")
+    print(format_table(results))
+    print(answer(results))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["split"])
+    parser.add_argument("step", choices=["split", "rotation", "publish"])
+    parser.add_argument("path", type=Path, nargs="?")
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/cats-vs-dogs"))
     args = parser.parse_args()
-    split(args.photos, args.out)
+    if args.step == "split":
+        if args.photos is None:
+            parser.error("split needs --photos FOLDER")
+        split(args.photos, args.out)
+    elif args.path is None:
+        parser.error(f"{args.step} needs a path")
+    elif args.step == "rotation":
+        rotation_accuracy(args.path, args.out)
+    else:
+        publish(args.path)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,13 @@ __all__ = ["main"]
 
 
 def pretrain(config: C.PretrainConfig) -> None:
+    from unlabel import distributed
     from unlabel.pretrain import pretrain
 
-    pretrain(config)
+    try:
+        pretrain(config)
+    finally:
+        distributed.stop()
 
 
 def evaluate(config: C.EvaluateConfig) -> None:
