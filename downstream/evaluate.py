@@ -157,7 +157,7 @@ def network(arm: Arm, k: int, table: Table) -> Backbone:
     name, stem = table.backbone
     backbone = build_backbone(name, table.image_size, stem, seed=mix(arm.seeds[k], "random") >> 33).to(table.device)
     if arm.kind == "random":
-        sample = torch.from_numpy(np.ascontiguousarray(table.unlabelled[:STATISTICS_IMAGES]))
+        sample = torch.from_numpy(np.array(table.unlabelled[:STATISTICS_IMAGES]))
         parts = [p.to(table.device) for p in sample.split(256) if len(p) > 1]
         estimate_statistics(backbone, (clean(p, table.image_size) for p in parts))
     return backbone.eval()

@@ -161,7 +161,7 @@ def _train(
     optimizer = torch.optim.AdamW(_groups(model, preset))
     average = copy.deepcopy(model)
     precision, size = pick_precision("auto", device), train_size(start.spec.image_size)
-    source, labels = torch.from_numpy(np.ascontiguousarray(images)).to(device), torch.as_tensor(y, device=device).long()
+    source, labels = torch.from_numpy(np.array(images)).to(device), torch.as_tensor(y, device=device).long()
     batch_size = min(preset.batch_size, max(2, len(y)))
     for step in range(preset.steps):
         epochs, indices = batch_at(seed, step, batch_size, len(y))
@@ -216,7 +216,7 @@ def predict_logits(model: Classifier, images: np.ndarray, batch_size: int = 256)
     size, out = model.backbone.spec.image_size, []
     model.eval()
     for at in range(0, len(images), batch_size):
-        x = clean(torch.from_numpy(np.ascontiguousarray(images[at : at + batch_size])).to(device), size)
+        x = clean(torch.from_numpy(np.array(images[at : at + batch_size])).to(device), size)
         x = x.contiguous(memory_format=torch.channels_last)
         with autocast(device, pick_precision("auto", device)):
             both = torch.stack([model(x), model(x.flip(3))])

@@ -96,7 +96,7 @@ def rotation_accuracy(run: Path, out: Path) -> None:
     test = load_cache(open_source(str(out / "split" / "test")), IMAGE_SIZE)
     logits, labels = [], []
     for at in range(0, len(test), 250):
-        views, turns = four_rotations(clean(torch.from_numpy(test.images[at : at + 250]), IMAGE_SIZE))
+        views, turns = four_rotations(clean(torch.from_numpy(np.array(test.images[at : at + 250])), IMAGE_SIZE))
         logits.append(task.logits(views))
         labels.append(turns)
     scores, truth = torch.cat(logits), torch.cat(labels)

@@ -39,7 +39,7 @@ def compared(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory, shor
 
 
 def compare_command(data: Path, out: Path) -> list[str]:
-    flags = "--image-size 32 --tasks rotation denoising --epochs 0.3 --labels-per-class 1 5 25 --draws 2"
+    flags = "--image-size 16 --tasks rotation denoising --epochs 0.3 --labels-per-class 1 5 25 --draws 2"
     sources = ["--data", str(data), "--train", str(data), "--out", str(out)]
     return ["compare", *sources, *flags.split(), "--denoising.noise", "masking"]
 
@@ -153,11 +153,11 @@ def test_evaluate_predict_embed_export_report(compared: Path, digits_folder: Pat
 
 
 def table_of(digits_folder: Path, run: Path, out: Path, y_test=None, y_pool=None) -> tuple[ev.Table, ev.Arm]:
-    split = split_data(EvaluateConfig(run=run, train=str(digits_folder)), 32, None)
+    split = split_data(EvaluateConfig(run=run, train=str(digits_folder)), 16, None)
     test = split.test if y_test is None else dataclasses.replace(split.test, y=y_test(split.test.y))
     pool = split.pool if y_pool is None else dataclasses.replace(split.pool, y=y_pool(split.pool.y))
     table = ev.Table(pool, test, pool.pixels, split.classes, (5, 25), 2, ("linear", "knn", "finetune"),
-                     ("small", "auto"), 32, torch.device("cpu"), out)  # fmt: skip
+                     ("small", "auto"), 16, torch.device("cpu"), out)  # fmt: skip
     return table, ev.Arm("rotation", "backbone", (0,), (run,))
 
 

@@ -32,7 +32,7 @@ class Batches:
         self.cache, self.seed, self.device = cache, config.seed, device
 
     def _images(self, indices: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self.cache.images[indices])).to(self.device, non_blocking=True)
+        return torch.from_numpy(np.array(self.cache.images[indices])).to(self.device, non_blocking=True)
 
     def __call__(self, step: int, progress: float) -> Any:
         from pretext.task import Batch
