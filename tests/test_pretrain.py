@@ -183,6 +183,20 @@ def test_init_starts_from_another_backbone(digits_folder: Path, tmp_path: Path):
     assert torch.allclose(a["layer1.0.conv1.weight"], b["layer1.0.conv1.weight"], atol=1e-6)
 
 
+def test_init_takes_an_unfinished_run_too(digits_folder: Path, tmp_path: Path, monkeypatch):
+    config = settings(digits_folder, tmp_path / "died", "rotation")
+    killed_at(monkeypatch, config, saves=1)
+    state = checkpoint.load_newest(config.out / "checkpoints")
+    assert state is not None
+    still = settings(digits_folder, tmp_path / "on", "rotation", init=config.out, lr=1e-12, epochs=0.1)
+    found = load_file(pretrain(still) / "backbone.safetensors")
+    want = state["model"]["backbone.model.layer1.0.conv1.weight"]
+    assert torch.allclose(found["layer1.0.conv1.weight"], want, atol=1e-6)
+    other = settings(digits_folder, tmp_path / "other", "rotation", init=config.out, backbone="convnext_atto")
+    with pytest.raises(UserError, match="does not fit"):
+        pretrain(other)
+
+
 def test_minutes_become_steps_and_are_kept(digits_folder: Path, tmp_path: Path, monkeypatch):
     config = settings(digits_folder, tmp_path / "run", "denoising", epochs=None, minutes=0.05)
     killed_at(monkeypatch, config, saves=1)

@@ -99,7 +99,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     # ---- 3. The model: one backbone, and the heads of the tasks
     backbone = build_backbone(config.backbone, image_size, config.stem, seed=config.seed)
     if config.init is not None:
-        load_weights(backbone, config.init / "backbone.safetensors")
+        _start_from(backbone, config.init)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(config.seed, "heads"))
         tasks = {n: cls(backbone, cls.Config(**config.task_settings.get(n, {}))) for n, cls in classes.items()}
@@ -216,6 +216,20 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     distributed.barrier()
     say(f"{run.path / 'backbone.safetensors'}: {plan.steps} steps, {plan.steps * plan.batch_size:,} images seen")
     return run.path
+
+
+def _start_from(backbone: Backbone, run: Path) -> None:
+    """Another run's backbone: its product, or where it was stopped before the end, its newest checkpoint."""
+    if (run / "backbone.safetensors").exists() or not (run / "checkpoints").is_dir():
+        return load_weights(backbone, run / "backbone.safetensors")
+    state = checkpoint.load_newest(run / "checkpoints") or {"model": {}}
+    weights = {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"the checkpoint in {run} does not fit --backbone ({str(error).splitlines()[-1].strip()})"
+        ) from None
 
 
 def _fingerprint(fingerprint: str, exclude: frozenset[str]) -> str:
