@@ -284,7 +284,7 @@ def fill(table: Table, arms: Sequence[Arm], keep_classifier: str | None) -> tupl
             if protocol == "linear" and arm.kind in ("backbone", "random"):
                 stages = fillers[0].network.stage_names
                 jobs += [(k, c, d, s) for k in range(len(fillers)) for c, d in table.plan() for s in stages]
-            bar = tqdm(jobs, desc=f"{arm.name} {protocol}", unit="fit", dynamic_ncols=True)
+            bar = tqdm(jobs, desc=f"{arm.name} {protocol}", unit="fit", dynamic_ncols=True, mininterval=1.0)
             seen, begun = 0, time.monotonic()
 
             def on_step(n: int, bar: Any = bar, begun: float = begun) -> None:

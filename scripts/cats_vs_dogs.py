@@ -5,7 +5,7 @@ photos per class, the rest is the pool. Pretraining sees unlabelled + pool + dev
 
     python scripts/cats_vs_dogs.py split --photos FOLDER        (labelled.tar.gz with cat/ and dog/, unlabelled.tar.gz)
     python scripts/cats_vs_dogs.py rotation RUN                 rotation accuracy of a run on the test photos
-    python scripts/cats_vs_dogs.py publish RESULTS.json         results/cats_vs_dogs.json and the README's figure
+    python scripts/cats_vs_dogs.py publish RESULTS.json         into results/, with its figure
 
 Between the first and the others, the ordinary commands (README.md has the lines that were run and what came out).
 """
@@ -108,12 +108,12 @@ def rotation_accuracy(run: Path, out: Path) -> None:
 
 
 def publish(path: Path) -> None:
-    """The table without the rows of single draws, and the figure."""
+    """Copy a results.json into results/ and draw its figure there; both named after its folder."""
     results = json.loads(path.read_text())
+    name = f"results/cats_vs_dogs_{path.parent.name}"
     Path("results").mkdir(exist_ok=True)
-    Path("results/cats_vs_dogs.svg").write_text(accuracy_svg(results), "utf-8")
-    text = json.dumps(results, indent=1)
-    Path("results/cats_vs_dogs.json").write_text(text + "\n")
+    Path(f"{name}.svg").write_text(accuracy_svg(results), "utf-8")
+    Path(f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     print(format_table(results))
     print(answer(results))
 
