@@ -278,12 +278,10 @@ def fill(table: Table, arms: Sequence[Arm], keep_classifier: str | None) -> tupl
         fillers = [ArmFiller(arm, k, table, store) for k in range(len(arm.seeds))]
         for protocol in arm.protocols(table.protocols):
             cells: dict[tuple[Count, str | None], list[list[np.ndarray]]] = {}
-            jobs: list[tuple[int, Count, int, str | None]] = [
-                (k, count, draw, None) for k in range(len(fillers)) for count, draw in table.plan()
-            ]
+            stages: list[str | None] = [None]
             if protocol == "linear" and arm.kind in ("backbone", "random"):
-                stages = fillers[0].network.stage_names
-                jobs += [(k, c, d, s) for k in range(len(fillers)) for c, d in table.plan() for s in stages]
+                stages += fillers[0].network.stage_names
+            jobs = [(k, c, d, s) for s in stages for k in range(len(fillers)) for c, d in table.plan()]
             bar = tqdm(jobs, desc=f"{arm.name} {protocol}", unit="fit", dynamic_ncols=True, mininterval=1.0)
             seen, begun = 0, time.monotonic()
 

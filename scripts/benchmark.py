@@ -36,10 +36,9 @@ def measure(name: str, folder: str) -> dict[str, object]:
     cls, device = load_task(name), torch.device("cpu")
     recipe = cls.recipe
     backbone = build_backbone("small", IMAGE_SIZE)
-    model = channels_last(Together(backbone, {name: cls(backbone, cls.Config())}, (1.0,))).train()
-    optimizers = optim.make_optimizers(
-        backbone, model.tasks[name].param_groups(), recipe.optimizer, recipe.lr, recipe.weight_decay
-    )
+    task = cls(backbone, cls.Config())
+    model = channels_last(Together(backbone, {name: task}, (1.0,))).train()
+    optimizers = optim.make_optimizers(backbone, task.param_groups(), recipe.optimizer, recipe.lr, recipe.weight_decay)
     batches = Batches(load_cache(open_source(folder), IMAGE_SIZE), PretrainConfig((name,), (folder,), Path()), device)
     precision = pick_precision("auto", device)
     batches.plan = Plan(

@@ -29,8 +29,8 @@ def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """320 of scikit-learn's handwritten digits, classes 0 to 3, as PNG files of 32 px in class folders."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    images, target = np.asarray(digits["images"]), np.asarray(digits["target"])
+    data, target = load_digits(return_X_y=True)
+    images = np.asarray(data).reshape(-1, 8, 8)
     root = tmp_path_factory.mktemp("digits")
     for label in range(4):
         (root / str(label)).mkdir()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -32,7 +33,7 @@ def test_families_save_and_load(name: str, size: int, tmp_path: Path):
         again = load_backbone(tmp_path)
         assert torch.equal(again(images).pooled, features.pooled)
         about = json.loads((tmp_path / "backbone.json").read_text())
-        plain = timm.create_model(about["name"], **about["kwargs"], num_classes=0).eval()
+        plain: Any = timm.create_model(about["name"], **about["kwargs"], num_classes=0).eval()
         state = load_file(tmp_path / "backbone.safetensors")
         if about["changed"]:
             with pytest.raises(RuntimeError, match="unlabel_stem"):
@@ -93,7 +94,8 @@ def test_batchnorm_statistics_match_what_clean_images_give():
     norms = {n: m for n, m in backbone.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
     assert layers == len(norms) == 13
     for name, module in norms.items():
-        module.register_forward_pre_hook(lambda _m, x, name=name: seen.setdefault(name, []).append(x[0]))
+        seen[name] = []
+        module.register_forward_pre_hook(lambda _m, x, found=seen[name]: found.append(x[0]))
     with torch.no_grad():
         for part in images.split(128):
             backbone.eval()(part)
