@@ -281,7 +281,9 @@ def fill(table: Table, arms: Sequence[Arm], keep_classifier: str | None) -> tupl
             stages: list[str | None] = [None]
             if protocol == "linear" and arm.kind in ("backbone", "random"):
                 stages += fillers[0].network.stage_names
-            jobs = [(k, c, d, s) for s in stages for k in range(len(fillers)) for c, d in table.plan()]
+            jobs: list[tuple[int, Count, int, str | None]] = [
+                (k, c, d, s) for s in stages for k in range(len(fillers)) for c, d in table.plan()
+            ]
             bar = tqdm(jobs, desc=f"{arm.name} {protocol}", unit="fit", dynamic_ncols=True, mininterval=1.0)
             seen, begun = 0, time.monotonic()
 

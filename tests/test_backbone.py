@@ -83,6 +83,13 @@ def test_wrong_files_are_refused(tmp_path: Path):
         build_backbone("resnet_that_is_not", 32)
 
 
+def keep(inputs: list[torch.Tensor]):
+    def hook(_module: torch.nn.Module, args: Any) -> None:
+        inputs.append(args[0])
+
+    return hook
+
+
 def test_batchnorm_statistics_match_what_clean_images_give():
     """Per-channel mean and variance at every BatchNorm input, within 2 %."""
     torch.manual_seed(0)
@@ -95,7 +102,7 @@ def test_batchnorm_statistics_match_what_clean_images_give():
     assert layers == len(norms) == 13
     for name, module in norms.items():
         seen[name] = []
-        module.register_forward_pre_hook(lambda _m, x, found=seen[name]: found.append(x[0]))
+        module.register_forward_pre_hook(keep(seen[name]))
     with torch.no_grad():
         for part in images.split(128):
             backbone.eval()(part)
