@@ -109,7 +109,8 @@ def rotation_accuracy(run: Path, out: Path) -> None:
 
 def publish(path: Path) -> None:
     """Copy a results.json into results/ and draw its figure there; both named after its folder."""
-    results = json.loads(path.read_text())
+    # Where the runs lay on the machine that made them is nobody's business.
+    results = json.loads(path.read_text().replace(f"{path.resolve().parents[1]}/", "runs/cvd/"))
     name = f"results/cats_vs_dogs_{path.parent.name}"
     Path("results").mkdir(exist_ok=True)
     Path(f"{name}.svg").write_text(accuracy_svg(results), "utf-8")
