@@ -44,15 +44,13 @@ def four_rotations(images: Tensor) -> tuple[Tensor, Tensor]:
 def residual_block(channels: int) -> BasicBlock:
     """A basic block of stride 2: what would be the network's next stage, at a quarter of its cost."""
     shortcut = nn.Sequential(nn.Conv2d(channels, channels, 1, stride=2, bias=False), nn.BatchNorm2d(channels))
-    block = BasicBlock(channels, channels, stride=2, downsample=shortcut)
-    block.zero_init_last()  # starts as the shortcut alone
-    return block
+    return BasicBlock(channels, channels, stride=2, downsample=shortcut)
 
 
 class Rotation(PretextTask):
     Config = Config
     metrics = {"accuracy": "max", "half_turn_accuracy": "max", "quarter_turn_accuracy": "max"}  # noqa: RUF012
-    recipe = Recipe(optimizer="adamw", lr=4e-3, weight_decay=0.05, batch_size=64, progressive=True)
+    recipe = Recipe(optimizer="adamw", lr=3e-3, weight_decay=0.05, batch_size=32, progressive=True)
     config: Config
 
     def __init__(self, backbone: Backbone, config: Config) -> None:

@@ -99,7 +99,7 @@ def test_batchnorm_statistics_match_what_clean_images_give():
     layers = estimate_statistics(backbone, images.split(256))
     seen: dict[str, list[torch.Tensor]] = {}
     norms = {n: m for n, m in backbone.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
-    assert layers == len(norms) == 13
+    assert layers == len(norms) == 12
     for name, module in norms.items():
         seen[name] = []
         module.register_forward_pre_hook(keep(seen[name]))

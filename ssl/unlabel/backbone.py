@@ -112,17 +112,21 @@ def _change_stem(model: Any, stem: str) -> tuple[str, ...]:
 
     ``small`` is for images below 48 px: full resolution into the first stage (ConvNeXt: half).
     ``half`` is the default network's: one 5×5 convolution of stride 2 and no pooling.
+    A deep stem, several convolutions in a row, is replaced as a whole.
     """
     if stem == "timm":
         return ()
     if stem not in ("small", "half"):
         raise UserError(f"unknown stem {stem!r}: auto, small or timm")
     name, conv = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    width, chain = conv.out_channels, model.get_submodule(name.rpartition(".")[0])
+    if isinstance(chain, nn.Sequential) and isinstance(chain[-1], nn.Conv2d):
+        name, width = name.rpartition(".")[0], chain[-1].out_channels
     patchify = conv.stride[0] == conv.kernel_size[0] and conv.stride[0] > 1  # ConvNeXt
     kernel, stride = (5, 2) if stem == "half" else (2, 2) if patchify else (3, 1)
     new = type(conv)(
         conv.in_channels,
-        conv.out_channels,
+        width,
         kernel_size=kernel,  # type: ignore[arg-type]
         stride=stride,  # type: ignore[arg-type]
         padding=0 if patchify else kernel // 2,  # type: ignore[arg-type]

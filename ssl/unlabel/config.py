@@ -26,7 +26,15 @@ class OwnBackbone:
 BACKBONES: dict[str, OwnBackbone] = {
     "small": OwnBackbone(
         "resnet18",
-        {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256)},
+        # A deep stem of width 16 hands 32 channels on (timm's plain one always 64); "half" makes it one convolution.
+        # Residual branches start at full strength: from zero, short runs learn less (rotation: 48 % against 52 %).
+        {
+            "layers": (1, 1, 1, 1),
+            "channels": (32, 64, 128, 256),
+            "stem_type": "deep",
+            "stem_width": 16,
+            "zero_init_last": False,
+        },
         "half",
         "the default, for CPUs: four stages of one basic block, 1.2 M weights",
     ),
