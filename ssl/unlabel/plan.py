@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "check_settings", "freeze_unused", "make_plan", "measure"]
 
+MEASURE_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -94,16 +96,19 @@ def make_plan(
 
 
 def measure(model: nn.Module, plan: Plan, batch_of: Batches) -> float:
-    """Seconds per step, averaged over the sizes that training goes through. The model itself is not touched."""
+    """Seconds per step, averaged over the sizes that training goes through. The model itself is not touched.
+
+    Per size the median of up to ten steps in MEASURE_SECONDS, after two that warm up.
+    """
     twin = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.0, momentum=0.9)
     total, steps = 0.0, 10_000
     batch_of.plan = replace(plan, steps=steps)
     at = 0.0
     for share, _ in optim.sizes(plan.image_size, plan.progressive):
-        times = []
-        for k in range(4):
-            begun = time.perf_counter()
+        times: list[float] = []
+        while len(times) < 5 or (len(times) < 12 and sum(times) < MEASURE_SECONDS):
+            k, begun = len(times), time.perf_counter()
             batch = batch_of(int((at + share / 2) * steps) + k, progress=0.5)
             with autocast(batch_of.device, plan.precision):
                 loss, _ = twin(batch)
@@ -113,7 +118,7 @@ def measure(model: nn.Module, plan: Plan, batch_of: Batches) -> float:
             if batch_of.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begun)
-        total += share * float(np.median(times[1:]))
+        total += share * float(np.median(times[2:]))
         at += share
     return distributed.from_main(total)
 
