@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
+import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -13,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from pretext import TASKS
@@ -253,18 +257,37 @@ def test_two_processes_equal_one(digits_folder: Path, tmp_path: Path):
     assert apart < 0.02 * moved
 
 
-def test_broken_files_are_listed(digits_folder: Path, tmp_path: Path):
+def test_one_percent_of_broken_files(digits_folder: Path, tmp_path: Path):
+    """1,000 files, 10 of them broken in ten ways: the run finishes and lists each; one more is too many."""
     data = tmp_path / "data"
     data.mkdir()
-    for k, path in enumerate(sorted(digits_folder.rglob("*.png"))):
-        (data / f"{k}.png").write_bytes(path.read_bytes())
-    broken = {"empty.png": b"", "text.jpg": b"hello", "cut.png": path.read_bytes()[:60], "a\nb.png": b"\x89PNG\r\n"}
+    good = [path.read_bytes() for path in sorted(digits_folder.rglob("*.png"))]
+    for k in range(990):
+        (data / f"{k:03d}.png").write_bytes(good[k % len(good)])
+    png, middle = good[0], len(good[0]) // 2
+    photo = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").save(photo, "JPEG")
+    jpeg = photo.getvalue()
+    broken = {
+        "a\nb.png": b"\x89PNG\r\n",
+        "bomb.png": png[:16] + struct.pack(">II", 60_000, 60_000) + png[24:],
+        "cut.jpg": jpeg[: len(jpeg) // 2],
+        "cut.png": png[:60],
+        "empty.png": b"",
+        "flipped.png": png[:middle] + bytes(b ^ 255 for b in png[middle : middle + 8]) + png[middle + 8 :],
+        "header.jpg": jpeg[:20],
+        "noise.gif": random.Random(0).randbytes(3000),
+        "text.jpg": b"hello",
+        "zeros.png": bytes(5000),
+    }
     for name, content in broken.items():
         (data / name).write_bytes(content)
-    out = pretrain(settings(data, tmp_path / "run", "rotation", max_skipped=0.05))
+    out = pretrain(settings(data, tmp_path / "run", "rotation", epochs=0.05))
     lines = (out / "skipped.txt").read_text().splitlines()
     assert lines == sorted(lines)
-    assert [line.split("\t")[0] for line in lines] == ["a\\nb.png", "cut.png", "empty.png", "text.jpg"]
+    assert [line.split("\t")[0] for line in lines] == [name.replace("\n", "\\n") for name in broken]
     assert all(line.split("\t")[1] for line in lines)
+    assert json.loads((out / "config.json").read_text())["data"]["images"] == 990
+    (data / "one more.jpg").write_bytes(b"hello")
     with pytest.raises(UserError, match="max-skipped"):
         pretrain(settings(data, tmp_path / "strict", "rotation"))

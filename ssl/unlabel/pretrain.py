@@ -28,7 +28,8 @@ from unlabel.cache import ImageCache, load_cache, write_skipped
 from unlabel.config import PretrainConfig
 from unlabel.draws import mix
 from unlabel.errors import UserError
-from unlabel.plan import Plan, check_settings, freeze_unused, make_plan
+from unlabel.messages import describe, log_line, not_finite
+from unlabel.plan import check_settings, freeze_unused, make_plan
 from unlabel.precision import autocast
 from unlabel.previews import save_previews
 from unlabel.runfolder import RunFolder
@@ -112,7 +113,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     if about is None and distributed.is_main():
         data = {"spec": list(config.data), "images": len(cache.names), "skipped": len(cache.skipped)}
         run.begin(config.fixed(), resolved, fingerprint, data)
-    _describe(say, config, plan, cache, model, device)
+    describe(say, config, plan, cache, model, device)
 
     # ---- 4. Resume, optimisers, DDP
     state = checkpoint.load_newest(run.checkpoints)
@@ -188,11 +189,11 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
             due = time.monotonic() - last_save > CHECKPOINT_SECONDS or step % every_save == 0 or step == plan.steps
             log_due = step % every_log == 0 or step == plan.steps
             if (log_due or due) and not bool(torch.isfinite(sums["loss"])):
-                raise UserError(_not_finite(step, values, run))
+                raise UserError(not_finite(step, values, run))
             if log_due:
                 n = (step - 1) % every_log + 1
                 speed = n * plan.batch_size / (time.monotonic() - last_log)
-                line = _log_line(sums, n, step, plan, len(cache.names), optimizers, speed, batch, tasks)
+                line = log_line(sums, n, step, plan, len(cache.names), optimizers, speed, batch, tasks)
                 if distributed.is_main():
                     run.log(line)
                 bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
@@ -259,52 +260,6 @@ def _wrap(model: Together, device: torch.device) -> nn.Module:
         return model
     ids = [device.index] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=ids)
-
-
-def _log_line(
-    sums: dict[str, Tensor], n: int, step: int, plan: Plan, images: int,
-    optimizers: list[torch.optim.Optimizer], speed: float, batch: Any, tasks: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    means = {k: float(v) / n for k, v in sums.items()}
-    with torch.no_grad():
-        trivial = {
-            f"{name}/{k}": float(v)
-            for name, task in tasks.items()
-            for k, v in task.trivial(replace(batch, draws=batch.draws.stream(name))).items()
-        }
-    return {
-        "step": step,
-        "epoch": round(step * plan.batch_size / images, 4),
-        "loss": means.pop("loss"),
-        "metrics": means,
-        "trivial": trivial,
-        "lr": optimizers[0].param_groups[0]["lr"],
-        "images_per_second": round(speed, 1),
-    }
-
-
-def _not_finite(step: int, values: dict[str, Tensor], run: RunFolder) -> str:
-    bad = [k for k, v in values.items() if not bool(torch.isfinite(v).all())]
-    what = ", ".join(bad) or "the loss"
-    last = max((p.name for p in run.checkpoints.glob("step-*.pt")), default="none")
-    return f"{what} is not finite near step {step} (last good checkpoint: {last}): try a lower --lr or --precision fp32"
-
-
-def _describe(
-    say: Any, config: PretrainConfig, plan: Plan, cache: ImageCache, model: Together, device: torch.device
-) -> None:
-    weights = sum(p.numel() for p in model.backbone.parameters())
-    skipped = f", {len(cache.skipped)} skipped (skipped.txt)" if cache.skipped else ""
-    say(
-        f"data: {len(cache.names):,} images{skipped}; {plan.image_size} px; "
-        f"backbone {config.backbone}, {weights / 1e6:.1f} M weights"
-    )
-    say(
-        f"{plan.optimizer}, peak lr {plan.lr:g}, weight decay {plan.weight_decay:g}, batch {plan.batch_size}, "
-        f"{plan.precision} on {device}, {distributed.world_size()} process(es)"
-    )
-    if model.backbone.frozen:
-        say(f"without gradient, frozen: {', '.join(model.backbone.frozen)}")
 
 
 class _CallableModule(types.ModuleType):

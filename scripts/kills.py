@@ -1,0 +1,78 @@
+"""Six SIGKILLs at random moments, then the same command: the backbone must be the undisturbed run's, byte for byte.
+
+    python scripts/kills.py                                  about ten minutes on two cores
+    python scripts/kills.py --data FOLDER --seed 1           other images, other moments
+
+For each task and for all of them summed. The first kills may fall into the start, before there is anything to
+continue; `at` lists the steps that the runs went on from. Prints a line per run and writes results/kills.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from pretext import TASKS
+from unlabel.checkpoint import file_sha256
+from unlabel.runfolder import hardware
+
+KILLS = 6
+FLAGS = "--image-size 32 --epochs 4 --checkpoint-every 5 --device cpu".split()
+
+
+def command(tasks: list[str], data: str, out: Path) -> list[str]:
+    return [sys.executable, "-m", "unlabel", "pretrain", *tasks, "--data", data, *FLAGS, "--out", str(out)]
+
+
+def disturbed(run: list[str], seconds: float, moments: random.Random) -> tuple[int, list[int]]:
+    """Kill ``run`` six times, each within ``seconds`` of its start, then let it end.
+
+    Returns how many kills found it alive, and the steps that it continued from.
+    """
+    found, killed = "", 0
+    for last in [False] * KILLS + [True]:
+        process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if not last:
+            time.sleep(moments.uniform(0, seconds))
+            killed += process.poll() is None
+            process.send_signal(signal.SIGKILL)
+        out, _ = process.communicate()
+        found += out
+        if last and process.returncode != 0:
+            sys.exit(out[-2000:])
+    return killed, [int(step) for step in re.findall(r"continues from step (\d+)", found)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rows, moments = [], random.Random(args.seed)
+    for tasks in [*([name] for name in TASKS), list(TASKS)]:
+        with tempfile.TemporaryDirectory() as folder:
+            whole, died = Path(folder) / "whole", Path(folder) / "died"
+            begun = time.monotonic()
+            subprocess.run(command(tasks, args.data, whole), check=True, capture_output=True)
+            seconds = time.monotonic() - begun
+            killed, at = disturbed(command(tasks, args.data, died), seconds, moments)
+            a, b = (file_sha256(run / "backbone.safetensors") for run in (whole, died))
+        rows.append({"tasks": tasks, "kills": killed, "continued_from": at, "equal": a == b, "sha256": a})
+        print(f"{'+'.join(tasks):<32} {killed} kills, continued from steps {at}: {'equal' if a == b else 'DIFFERENT'}")
+    out = Path("results/kills.json")
+    out.parent.mkdir(exist_ok=True)
+    content = {"data": Path(args.data).name, "seed": args.seed, "hardware": hardware(), "rows": rows}
+    out.write_text(json.dumps(content, indent=1) + "\n")
+    sys.exit(0 if all(row["equal"] for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()
