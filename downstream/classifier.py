@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 from downstream.finetune import Classifier, predict_logits
@@ -23,18 +23,26 @@ from unlabel.distributed import pick_device
 from unlabel.errors import UserError
 from unlabel.sources import open_source
 
-__all__ = ["load_classifier", "predict", "save_classifier"]
+__all__ = ["load_classifier", "predict", "save_classifier", "stored_key"]
 
 
-def save_classifier(model: Classifier, classes: list[str], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def save_classifier(model: Classifier, classes: list[str], folder: Path, key: str) -> None:
+    """``key`` says which fit of the table it is, so that a later table does not take it for its own."""
     state = {f"backbone.{k}": v for k, v in model.backbone.model.state_dict().items()}
     state |= {f"head.{k}": v for k, v in model.head.state_dict().items()}
-    temporary = folder / ".classifier.safetensors.tmp"
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary)
-    about = {"schema": 1, "classes": classes, "backbone": spec_to_json(model.backbone.spec)}
-    write_atomic(folder / "classifier.json", (json.dumps(about, indent=2) + "\n").encode("utf-8", "surrogatepass"))
-    temporary.replace(folder / "classifier.safetensors")
+    about = {"schema": 1, "classes": classes, "backbone": spec_to_json(model.backbone.spec), "cell": key}
+    text = (json.dumps(about, indent=2) + "\n").encode("utf-8", "surrogatepass")
+    (folder / "classifier.json").unlink(missing_ok=True)  # never one fit's weights under another's description
+    write_atomic(folder / "classifier.safetensors", save({k: v.detach().cpu().contiguous() for k, v in state.items()}))
+    write_atomic(folder / "classifier.json", text)
+
+
+def stored_key(folder: Path) -> str | None:
+    """The key of the classifier that is there."""
+    try:
+        return json.loads((folder / "classifier.json").read_bytes().decode("utf-8", "surrogatepass")).get("cell")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def load_classifier(folder: Path) -> tuple[Classifier, list[str]]:

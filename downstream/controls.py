@@ -42,7 +42,9 @@ class Pixels:
 
     def __init__(self, unlabelled: np.ndarray, size: int, seed: int = 0, components: int = 128) -> None:
         self.size = size
-        rows = _shrunk(unlabelled[_sample(len(unlabelled), 5000, seed)], size).flatten(1).numpy()
+        chosen = _sample(len(unlabelled), 5000, seed)
+        starts = range(0, len(chosen), CHUNK)
+        rows = np.concatenate([_shrunk(unlabelled[chosen[a : a + CHUNK]], size).flatten(1).numpy() for a in starts])
         self.pca = PCA(min(components, *rows.shape), svd_solver="randomized", random_state=seed).fit(rows)
 
     def features(self, images: np.ndarray, progress: str | None = None) -> StageFeatures:

@@ -19,22 +19,23 @@ import torch
 from tqdm import tqdm
 
 from downstream import finetune as ft
-from downstream.classifier import save_classifier
+from downstream.classifier import save_classifier, stored_key
 from downstream.controls import Patches, Pixels
-from downstream.features import StageFeatures, extract, feature_stats
+from downstream.features import StageFeatures, extract, feature_stats, joined
 from downstream.knn import fit_knn
 from downstream.label_draws import LabelDraws
 from downstream.probe import fit_head, fit_probe
 from unlabel.augment import clean
 from unlabel.backbone import Backbone, build_backbone, load_backbone
 from unlabel.batchnorm import estimate_statistics
+from unlabel.cache import Rows
 from unlabel.checkpoint import file_sha256, write_atomic
 from unlabel.draws import mix
 
 __all__ = ["Arm", "Images", "Table", "control_arms", "fill"]
 
 Count: TypeAlias = int | Literal["all"]
-CELLS = 1  # raise it when a change of the protocol makes stored cells wrong
+CELLS = 2  # raise it when a change of the protocol makes stored cells wrong
 STATISTICS_IMAGES = 2048  # unlabelled images for standardising and for a random backbone's BatchNorm
 
 
@@ -72,7 +73,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Table:
-    """What to fill. ``unlabelled``: pixels (N, R, R, 3) for statistics, without labels."""
+    """What to fill. ``unlabelled``: pixels (N, R, R, 3) for statistics, without labels; ``unlabelled_id``: which."""
 
     pool: Images
     test: Images
@@ -86,6 +87,7 @@ class Table:
     device: torch.device
     out: Path
     top_layers: int | None = None
+    unlabelled_id: str = ""
 
     @property
     def draws(self) -> LabelDraws:
@@ -97,6 +99,10 @@ class Table:
         for count in self.counts:
             for draw in range(1 if count == "all" else self.n_draws):
                 yield count, draw
+
+    def labels(self, count: Count) -> int:
+        """How many labelled images a fit sees, all classes together."""
+        return len(self.pool) if count == "all" else count * len(self.classes)
 
     def fingerprint(self) -> str:
         parts = [*self.pool.hashes, "|", *self.test.hashes, *map(str, self.pool.y), *map(str, self.test.y)]
@@ -125,9 +131,11 @@ class Store:
         self.folder, self.data = table.out / "cells", table.fingerprint()
         self.classes = len(table.classes)
 
+    def digest(self, key: Sequence[Any]) -> str:
+        return hashlib.sha256(json.dumps([CELLS, self.data, *key]).encode()).hexdigest()[:24]
+
     def _path(self, key: Sequence[Any]) -> Path:
-        digest = hashlib.sha256(json.dumps([CELLS, self.data, *key]).encode()).hexdigest()
-        return self.folder / f"{digest[:24]}.json"
+        return self.folder / f"{self.digest(key)}.json"
 
     def get(self, key: Sequence[Any]) -> Cell | None:
         try:
@@ -176,19 +184,21 @@ class Featurised:
 def featurise(arm: Arm, k: int, table: Table, backbone: Backbone | None) -> Featurised:
     draws = table.draws
     used = np.unique(np.concatenate([draws.indices(d, c) for c, d in table.plan()]))
-    pixels = np.concatenate([np.asarray(table.pool.pixels[used]), np.asarray(table.test.pixels[:])])
+    both = Rows(table.pool.pixels, used), table.test.pixels
     sample = np.ascontiguousarray(table.unlabelled[:STATISTICS_IMAGES])
+    bar = f"{arm.name} features"
     if backbone is not None:
         size = backbone.spec.image_size
-        features = extract(backbone, pixels, size, device=table.device, progress=f"{arm.name} features")
+        features = joined([extract(backbone, part, size, device=table.device, progress=bar) for part in both])
         stats = feature_stats(extract(backbone, sample, size, device=table.device))
     else:
         kind = Pixels if arm.kind == "pixels" else Patches
-        control = kind(np.ascontiguousarray(table.unlabelled[:]), table.image_size)
-        features, stats = control.features(pixels, f"{arm.name} features"), feature_stats(control.features(sample))
+        control = kind(table.unlabelled, table.image_size)
+        features = joined([control.features(part, bar) for part in both])
+        stats = feature_stats(control.features(sample))
     row_of = np.full(len(table.pool), -1)
     row_of[used] = np.arange(len(used))
-    return Featurised(features, stats, row_of, np.arange(len(used), len(pixels)))
+    return Featurised(features, stats, row_of, np.arange(len(used), len(features)))
 
 
 class ArmFiller:
@@ -214,26 +224,30 @@ class ArmFiller:
         return self._featurised
 
     def cell(self, protocol: str, count: Count, draw: int, stage: str | None, on_step: Any, keep: Path | None) -> Cell:
-        key: list[Any] = [*self.identity, protocol, count, draw, stage]
+        # The rows themselves: which they are depends on the largest count and the number of draws, too.
+        rows = self._draws.indices(draw, count)
+        labels = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+        key: list[Any] = [*self.identity, protocol, count, draw, stage, labels]
+        if self.arm.kind != "scratch":
+            key += [self.table.unlabelled_id]
         if protocol == "finetune":
             key += [self.table.top_layers, [repr(p) for p in self._presets(count)]]
         cell = self.store.get(key)
-        wanted = keep is not None and not (keep / "classifier.safetensors").exists()
+        wanted = keep is not None and stored_key(keep) != self.store.digest(key)
         if cell is None or wanted:
             begun = time.monotonic()
-            rows = self._draws.indices(draw, count)
-            predicted, about = self._fit(protocol, count, draw, rows, stage, on_step, keep)
+            predicted, about = self._fit(protocol, count, draw, rows, stage, on_step, keep, self.store.digest(key))
             cell = Cell(predicted, {**about, "seconds": round(time.monotonic() - begun, 3)})
             self.store.put(key, cell)
         return cell
 
     def _presets(self, count: Count) -> tuple[ft.Preset, ...]:
         smallest = int(np.bincount(self.table.pool.y).min()) if count == "all" else count
-        return ft.presets_for(smallest, self.arm.kind == "scratch", self.table.top_layers)
+        return ft.presets_for(smallest, self.arm.kind == "scratch", self.table.top_layers, self.table.labels(count))
 
     def _fit(
         self, protocol: str, count: Count, draw: int, rows: np.ndarray, stage: str | None, on_step: Any,
-        keep: Path | None,
+        keep: Path | None, key: str,
     ) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
         y = self.table.pool.y[rows]
         if protocol != "finetune":
@@ -248,18 +262,13 @@ class ArmFiller:
             return fit_head(f.features.one[last][f.row_of[rows[local]]], y[local], f.stats[last, "1x1"])
 
         tuned = ft.finetune(
-            self.network, np.asarray(self.table.pool.pixels[rows]), y, len(self.table.classes), self._presets(count),
+            self.network, Rows(self.table.pool.pixels, rows), y, len(self.table.classes), self._presets(count),
             head=None if self.arm.kind == "scratch" else head, seed=draw, device=self.table.device, on_step=on_step,
         )  # fmt: skip
         if keep is not None:
-            save_classifier(tuned.model, self.table.classes, keep)
-        log_p = np.concatenate([ft.predict_logits(tuned.model, part) for part in _chunks(self.table.test.pixels)])
+            save_classifier(tuned.model, self.table.classes, keep, key)
+        log_p = ft.predict_logits(tuned.model, self.table.test.pixels)
         return log_p.argmax(1), {"chosen": tuned.chosen, "on_grid_edge": tuned.on_grid_edge, "steps": tuned.steps}
-
-
-def _chunks(pixels: Any, size: int = 2048) -> Iterator[np.ndarray]:
-    for at in range(0, len(pixels), size):
-        yield np.asarray(pixels[at : at + size])
 
 
 Predictions = dict[tuple[str, str, Count, str | None], np.ndarray]

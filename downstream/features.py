@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from unlabel import augment
 from unlabel.backbone import Backbone
+from unlabel.cache import Rows
 
 Block = tuple[str, str]  # a stage and how it is pooled: "1x1" or "2x2"
 
@@ -55,6 +56,12 @@ class BlockStats:
     scale: np.ndarray  # (D,) float64, 0 for a feature that never varies
 
 
+def joined(parts: Sequence[StageFeatures]) -> StageFeatures:
+    """Features of several sets of images, one after the other."""
+    one = {stage: np.concatenate([p.one[stage] for p in parts]) for stage in parts[0].one}
+    return StageFeatures(one, {stage: np.concatenate([p.two[stage] for p in parts]) for stage in parts[0].two})
+
+
 def block_stats(x: np.ndarray) -> BlockStats:
     """Statistics of (N, D) features of unlabelled images."""
     mean, std = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
@@ -78,7 +85,7 @@ def standardised(
 
 def extract(
     backbone: Backbone,
-    images: np.ndarray,
+    images: np.ndarray | Rows,
     size: int,
     *,
     device: str | torch.device = "cpu",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from unlabel.augment import clean, colour_jitter, random_view
 from unlabel.backbone import Backbone, channels_last
+from unlabel.cache import Rows
 from unlabel.draws import Draws, mix
 from unlabel.errors import UserError
 from unlabel.order import batch_at
@@ -69,14 +70,23 @@ _SCRATCH_MANY = (
 )
 
 
-def presets_for(per_class: int, scratch: bool, top_layers: int | None = None) -> tuple[Preset, ...]:
-    """The presets of the protocol for this many labels per class: one below 25, three from there on."""
+# With many labels the presets' steps would not even show each image once: at least so many passes.
+_PASSES, _SCRATCH_PASSES = 8, 16
+
+
+def presets_for(per_class: int, scratch: bool, top_layers: int | None = None, labels: int = 0) -> tuple[Preset, ...]:
+    """The presets of the protocol for this many labels per class: one below 25, three from there on.
+
+    ``labels``: how many images there are to train on, all classes together; their steps grow with it.
+    """
     if scratch:
-        return _SCRATCH_MANY if per_class >= 25 else _SCRATCH_FEW
-    presets = _MANY if per_class >= 25 else _SOME if per_class >= 5 else _FEW
-    if top_layers is not None:
-        presets = tuple(replace(p, top_layers=top_layers) for p in presets)
-    return presets
+        presets = _SCRATCH_MANY if per_class >= 25 else _SCRATCH_FEW
+    else:
+        presets = _MANY if per_class >= 25 else _SOME if per_class >= 5 else _FEW
+        if top_layers is not None:
+            presets = tuple(replace(p, top_layers=top_layers) for p in presets)
+    passes = _SCRATCH_PASSES if scratch else _PASSES
+    return tuple(replace(p, steps=max(p.steps, math.ceil(passes * labels / p.batch_size))) for p in presets)
 
 
 class Classifier(nn.Module):
@@ -109,7 +119,8 @@ def _blocks(backbone: Backbone) -> list[list[nn.Parameter]]:
     names = [n for n, _ in probe.model.named_parameters()]
     for p in probe.parameters():
         p.requires_grad_(True)
-    features = probe(torch.rand(1, 3, probe.spec.image_size, probe.spec.image_size))
+    size, device = probe.spec.image_size, next(probe.parameters()).device
+    features = probe(torch.rand(1, 3, size, size, device=device))
     first: dict[str, int] = {}
     for depth, stage in enumerate([*features.stages.values(), features.last]):
         grads = torch.autograd.grad(stage.sum(), list(probe.model.parameters()), retain_graph=True, allow_unused=True)
@@ -146,7 +157,7 @@ def _groups(model: Classifier, preset: Preset) -> list[dict[str, Any]]:
 
 
 def _train(
-    start: Backbone, head: tuple[np.ndarray, np.ndarray] | None, images: np.ndarray, y: np.ndarray,
+    start: Backbone, head: tuple[np.ndarray, np.ndarray] | None, images: Any, y: np.ndarray,
     classes: int, preset: Preset, seed: int, device: torch.device, on_step: Callable[[int], None] | None,
 ) -> Classifier:  # fmt: skip
     """``preset.steps`` steps on images (n, R, R, 3) uint8 with labels y (n,). Returns averaged weights."""
@@ -161,12 +172,13 @@ def _train(
     optimizer = torch.optim.AdamW(_groups(model, preset))
     average = copy.deepcopy(model)
     precision, size = pick_precision("auto", device), train_size(start.spec.image_size)
-    source, labels = torch.from_numpy(np.array(images)).to(device), torch.as_tensor(y, device=device).long()
+    labels = torch.as_tensor(y, device=device).long()
     batch_size = min(preset.batch_size, max(2, len(y)))
     for step in range(preset.steps):
         epochs, indices = batch_at(seed, step, batch_size, len(y))
         draws = Draws(seed, epochs.tolist(), indices.tolist(), device=device)
-        views = random_view(source[indices], size, draws, area=(0.5, 1.0), ratio=1.25)
+        source = torch.from_numpy(np.array(images[indices])).to(device)
+        views = random_view(source, size, draws, area=(0.5, 1.0), ratio=1.25)
         views = cutout(colour_jitter(views, draws, 0.2), draws)
         progress = step / preset.steps
         factor = min(1.0, (step + 1) / (0.1 * preset.steps)) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -210,7 +222,7 @@ def cutout(images: Tensor, draws: Draws, share: float = 0.3) -> Tensor:
 
 
 @torch.inference_mode()
-def predict_logits(model: Classifier, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
+def predict_logits(model: Classifier, images: Any, batch_size: int = 256) -> np.ndarray:
     """images (N, R, R, 3) uint8 to (N, K): log-probabilities averaged over the image and its mirror."""
     device = next(model.parameters()).device
     size, out = model.backbone.spec.image_size, []
@@ -235,7 +247,7 @@ def _holdout(y: np.ndarray, seed: int, share: float = 0.2) -> np.ndarray:
 
 
 def finetune(
-    backbone: Backbone, images: np.ndarray, y: np.ndarray, classes: int, presets: Sequence[Preset], *,
+    backbone: Backbone, images: np.ndarray | Rows, y: np.ndarray, classes: int, presets: Sequence[Preset], *,
     head: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None, seed: int = 0,
     device: torch.device | str = "cpu", on_step: Callable[[int], None] | None = None,
 ) -> FineTuned:  # fmt: skip
@@ -252,13 +264,13 @@ def finetune(
 
     def train(rows: np.ndarray, preset: Preset) -> Classifier:
         start = head(rows) if head else None
-        return _train(backbone, start, images[rows], y[rows], classes, preset, seed, device, on_step)
+        return _train(backbone, start, Rows(images, rows), y[rows], classes, preset, seed, device, on_step)
 
     losses: list[float] = []
     if len(presets) > 1:
         held = _holdout(y, seed)
         for preset in presets:
-            log_p = predict_logits(train(everything[~held], preset), images[held])
+            log_p = predict_logits(train(everything[~held], preset), Rows(images, np.flatnonzero(held)))
             log_p = log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True)
             losses.append(float(-log_p[np.arange(held.sum()), y[held]].mean()))
     best = int(np.argmin(losses)) if losses else 0

@@ -110,8 +110,13 @@ def _estimate(values: np.ndarray, clusters: np.ndarray, lowest: float, n_resampl
         unit = "draw"
         over = "test images only, for this one draw of labels" if n_draws == 1 else "draws of labels and test images"
         over += ", for this backbone" if n_seeds == 1 else f", for these {n_seeds} backbones"
+    note = f"95 % interval over {over}"
+    if half == 0:  # no spread to go by: what so many images without an exception leave open (Clopper & Pearson)
+        open_ = 1 - 0.025 ** (1 / len(sizes))
+        low, high = mean - open_, mean + open_
+        note += "; the results do not vary, so its width is the exact bound for that many images"
     low, high = max(float(low), lowest), min(float(high), 1.0)
-    return Estimate(mean, low, high, n_draws, n_seeds, unit, f"95 % interval over {over}")
+    return Estimate(mean, low, high, n_draws, n_seeds, unit, note)
 
 
 def _crossed(table: np.ndarray) -> tuple[float, list[tuple[float, float]]]:

@@ -57,7 +57,7 @@ class PretextTask(nn.Module):
     backbone: Backbone
 
     def begin(self, phase: int) -> None:
-        """Freeze or grow for phase 0 … phases - 1; also called on resume."""
+        """Freeze or grow for phase 0 … phases - 1; a continued run calls it for each phase again, in order."""
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The head's parameters. A group may set ``lr_scale``, ``betas``, ``optimizer``, ``weight_decay``."""

@@ -27,6 +27,8 @@ def short_presets():
     patch = pytest.MonkeyPatch()
     for name in ("_FEW", "_SOME", "_MANY", "_SCRATCH_FEW", "_SCRATCH_MANY"):
         patch.setattr(ft, name, tuple(dataclasses.replace(p, steps=4, batch_size=16) for p in getattr(ft, name)))
+    patch.setattr(ft, "_PASSES", 0)
+    patch.setattr(ft, "_SCRATCH_PASSES", 0)
     yield
     patch.undo()
 
@@ -156,7 +158,7 @@ def table_of(digits_folder: Path, run: Path, out: Path, y_test=None, y_pool=None
     split = split_data(EvaluateConfig(run=run, train=str(digits_folder)), 16, None)
     test = split.test if y_test is None else dataclasses.replace(split.test, y=y_test(split.test.y))
     pool = split.pool if y_pool is None else dataclasses.replace(split.pool, y=y_pool(split.pool.y))
-    table = ev.Table(pool, test, pool.pixels, split.classes, (5, 25), 2, ("linear", "knn", "finetune"),
+    table = ev.Table(pool, test, split.unlabelled.images, split.classes, (5, 25), 2, ("linear", "knn", "finetune"),
                      ("small", "auto"), 16, torch.device("cpu"), out)  # fmt: skip
     return table, ev.Arm("rotation", "backbone", (0,), (run,))
 
@@ -234,6 +236,83 @@ def test_errors_of_the_command_line(compared: Path, digits_folder: Path, tmp_pat
         assert last.startswith("unlabel: "), argv
         assert message in last, (argv, last)
         assert "Traceback" not in errors
+
+
+def test_statistics_and_controls_see_no_test_image(digits_folder: Path, tmp_path: Path):
+    cache = load_cache(open_source(str(digits_folder)), 32)
+    config = EvaluateConfig(run=tmp_path, train=str(digits_folder))
+    for pretraining in (cache, None):
+        split = split_data(config, 32, pretraining)
+        assert not set(split.unlabelled.hashes) & set(split.test.hashes)
+        assert len(set(split.unlabelled.labels or ())) == 4  # a sample, not the first class
+        assert split.seen == (len(split.test) if pretraining else None)
+
+
+def test_a_stored_cell_is_used_only_for_the_same_labels(compared: Path, digits_folder: Path, tmp_path: Path):
+    """Which images draw 1 holds depends on the largest label count of the table."""
+    table, arm = table_of(digits_folder, compared / "runs" / "rotation-seed0", tmp_path / "a")
+    table = dataclasses.replace(table, protocols=("knn",), counts=(5,))
+    ev.fill(table, [arm], None)
+    wider = dataclasses.replace(table, counts=(5, 25))
+    assert not np.array_equal(table.draws.indices(1, 5), wider.draws.indices(1, 5))
+    _, found = ev.fill(wider, [arm], None)
+    _, fresh = ev.fill(dataclasses.replace(wider, out=tmp_path / "b"), [arm], None)
+    assert all(np.array_equal(found[k], fresh[k]) for k in fresh)
+    cells = set((tmp_path / "a" / "cells").iterdir())
+    ev.fill(dataclasses.replace(wider, unlabelled_id="others"), [arm], None)
+    assert len(set((tmp_path / "a" / "cells").iterdir()) - cells) == 4
+
+
+def test_labels_file_beside_a_test_source(digits_folder: Path, tmp_path: Path):
+    """Class folders of the test source count; a flat one takes its labels from the same file; no name for both."""
+    lines = []
+    for split, rows in (("train", slice(0, 8)), ("test", slice(8, 12))):
+        for label in ("0", "1"):
+            for path in sorted((digits_folder / label).iterdir())[rows]:
+                for target in (tmp_path / split / path.name, tmp_path / "folders" / split / label / path.name):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(path.read_bytes())
+                lines.append((split, f"{path.name},{label}"))
+
+    def split_with(test: Path, *kept: str, train: Path = tmp_path / "train"):
+        text = "name,label\n" + "\n".join(line for split, line in lines if split in kept)
+        (tmp_path / "labels.csv").write_text(text + "\n")
+        config = EvaluateConfig(run=tmp_path, train=str(train), test=str(test), labels=tmp_path / "labels.csv")
+        return split_data(config, 32, None)
+
+    for found in (
+        split_with(tmp_path / "folders" / "test", "train"),
+        split_with(tmp_path / "test", "train", "test"),
+    ):
+        assert (len(found.pool), len(found.test)) == (16, 8)
+        assert found.classes == ["0", "1"]
+        by_name = dict(line.split(",") for _, line in lines)
+        assert [found.classes[k] for k in found.test.y] == [by_name[Path(n).name] for n in found.test.names]
+    with pytest.raises(UserError, match="not in the source"):
+        split_with(tmp_path / "test", "train", "test", train=tmp_path / "folders" / "test")
+    with pytest.raises(UserError, match="of a --train and of a --test image"):
+        split_with(tmp_path / "train", "train")
+
+
+def test_a_class_whose_training_images_are_all_in_the_test_set(digits_folder: Path, tmp_path: Path):
+    for label, rows in (("0", slice(0, 4)), ("1", slice(0, 4))):
+        for path in sorted((digits_folder / label).iterdir())[rows]:
+            for folder, name in (("train", label), ("test", label)):
+                target = tmp_path / folder / name / path.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+    extra = sorted((digits_folder / "0").iterdir())[-1]
+    (tmp_path / "train" / "0" / extra.name).write_bytes(extra.read_bytes())
+    config = EvaluateConfig(run=tmp_path, train=str(tmp_path / "train"), test=str(tmp_path / "test"))
+    with pytest.raises(UserError, match="class '1': each of its --train images is a near-duplicate"):
+        split_data(config, 32, None)
+
+
+def test_arms_have_names_of_their_own(compared: Path, digits_folder: Path, tmp_path: Path, capsys):
+    command = [*compare_command(digits_folder, tmp_path / "out"), "--also", str(compared / "runs" / "rotation-seed0")]
+    assert main([*command, str(compared / "runs" / "rotation-seed0")]) == 2
+    assert "two arms are called 'rotation-seed0'" in capsys.readouterr().err
+    assert main([*compare_command(digits_folder, tmp_path / "out"), "--also", str(tmp_path / "gone")]) == 2
 
 
 def test_label_counts_default_to_what_there_is():

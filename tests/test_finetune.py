@@ -33,6 +33,14 @@ def test_protocol_table():
     assert all(p.top_layers == 2 for p in ft.presets_for(50, False, top_layers=2))
 
 
+def test_steps_grow_with_the_labels():
+    few, many = (ft.presets_for(250, False, labels=n) for n in (500, 32_000))
+    assert few == ft.presets_for(250, False)
+    assert all(p.steps * p.batch_size >= 8 * 32_000 for p in many)
+    scratch = ft.presets_for(250, True, labels=32_000)
+    assert min(p.steps for p in scratch) >= max(p.steps for p in many)
+
+
 def test_blocks_are_the_stages_from_the_top():
     backbone = build_backbone("small", 32)
     groups = ft._blocks(backbone)
@@ -110,7 +118,7 @@ def test_cutout_hides_one_square():
 def test_classifier_round_trip_and_errors(tmp_path):
     images, _ = two_shades(4)
     model = ft.Classifier(build_backbone("small", 32), 2).eval()
-    save_classifier(model, ["=cmd", "däg"], tmp_path)
+    save_classifier(model, ["=cmd", "däg"], tmp_path, "key")
     again, classes = load_classifier(tmp_path)
     assert classes == ["=cmd", "däg"]
     assert np.array_equal(ft.predict_logits(model, images), ft.predict_logits(again, images))

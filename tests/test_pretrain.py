@@ -20,8 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pretext import TASKS
+from pretext.denoising import Denoising
 from unlabel import checkpoint, optim
-from unlabel.backbone import load_backbone
+from unlabel.backbone import build_backbone, load_backbone
 from unlabel.config import PretrainConfig
 from unlabel.errors import UserError
 from unlabel.pretrain import pretrain
@@ -72,8 +73,13 @@ def test_a_run_that_died_in_the_middle_of_an_epoch_ends_byte_for_byte_the_same(
     killed_at(monkeypatch, config, saves=1)
     died = pretrain(config)
     assert (died / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()
-    steps = [json.loads(line)["step"] for line in (died / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [2, 4, 6, 8, 10]  # cut back and written once
+    lines = {}
+    for run in (whole, died):
+        lines[run] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for line in lines[run]:
+            del line["images_per_second"]
+    assert [line["step"] for line in lines[died]] == [2, 4, 6, 8, 10]  # cut back and written once
+    assert lines[died] == lines[whole]  # also the line whose steps lay on both sides of a death
     assert len(list((died / "checkpoints").glob("step-*.pt"))) == 2
 
 
@@ -177,6 +183,57 @@ def test_settings_that_a_person_can_get_wrong(digits_folder: Path, tmp_path: Pat
     for k, (more, tasks, message) in enumerate(cases):
         with pytest.raises(UserError, match=message):
             pretrain(settings(digits_folder, tmp_path / str(k), *tasks, **more))
+
+
+class Greedy(Denoising):
+    """Two phases: the first trains what lies below stride 4, the second grows a layer and trains the rest."""
+
+    phases = 2
+
+    def begin(self, phase: int) -> None:
+        if phase == 1:
+            self.grown = torch.nn.Conv2d(3, 3, 1)
+        for name, p in self.backbone.model.named_parameters():
+            p.requires_grad_(("layer3" in name or "layer4" in name) == (phase == 1))
+
+    def predict(self, noisy):
+        out = super().predict(noisy)
+        return self.grown(out) if hasattr(self, "grown") else out
+
+
+@pytest.mark.parametrize("saves", [1, 2])
+def test_a_task_that_grows_is_continued_exactly(saves: int, digits_folder: Path, tmp_path: Path, monkeypatch):
+    """Deaths before and after the second phase begins, at steps 5 and 7 of 10; checkpoints at 3, 5 (its eve) and 6."""
+    monkeypatch.setitem(TASKS, "greedy", (f"{__name__}:Greedy", "for this test"))
+    monkeypatch.setattr("unlabel.pretrain.load_task", lambda name: Greedy, raising=False)
+    monkeypatch.setattr("pretext.load_task", lambda name: Greedy)
+    more = {"checkpoint_every": 5 if saves == 1 else 3}
+    whole = pretrain(settings(digits_folder, tmp_path / "whole", "greedy", **more))
+    config = settings(digits_folder, tmp_path / "died", "greedy", **more)
+    killed_at(monkeypatch, config, saves=saves)
+    died = pretrain(config)
+    a, b = (load_file(run / "backbone.safetensors") for run in (whole, died))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert json.loads((whole / "backbone.json").read_text())["frozen"] == []
+    start = build_backbone("small", 32, seed=0).model.state_dict()
+    for name in ("layer1.0.conv1.weight", "layer4.0.conv1.weight"):
+        assert not torch.allclose(a[name], start[name], atol=1e-5)
+
+
+def test_out_inside_data_is_refused(digits_folder: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="lies inside --data"):
+        pretrain(settings(digits_folder, digits_folder / "runs" / "a", "rotation"))
+
+
+def test_init_may_lie_elsewhere_when_the_run_is_continued(digits_folder: Path, tmp_path: Path, monkeypatch):
+    first = pretrain(settings(digits_folder, tmp_path / "first", "rotation", epochs=0.1))
+    config = settings(digits_folder, tmp_path / "second", "rotation", init=first)
+    killed_at(monkeypatch, config, saves=1)
+    other = pretrain(settings(digits_folder, tmp_path / "other", "rotation", epochs=0.1, seed=5))
+    with pytest.raises(UserError, match="init was"):
+        pretrain(dataclasses.replace(config, init=other))
+    first.rename(tmp_path / "moved")
+    pretrain(dataclasses.replace(config, init=tmp_path / "moved"))
 
 
 def test_init_starts_from_another_backbone(digits_folder: Path, tmp_path: Path):

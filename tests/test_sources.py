@@ -270,6 +270,7 @@ def test_digits_is_embedded_and_a_path_wins_over_a_name(tmp_path: Path, monkeypa
     assert open_source("digits").names == sorted(TREE)
     assert own_test_split("digits") is None
     assert own_test_split("mnist") == "mnist:test"
+    assert own_test_split("mnist:train") == "mnist:test"
     assert own_test_split("mnist:test") is None
     make_folder(tmp_path / "mnist")
     assert own_test_split("mnist") is None

@@ -153,3 +153,15 @@ def test_verdict():
 def test_one_cluster_is_no_sample():
     with pytest.raises(UserError, match="two clusters"):
         summarise(np.ones((3, 10), bool), np.zeros(10))
+
+
+def test_results_that_do_not_vary_have_an_interval_all_the_same():
+    """20 test images, all right: exact 95 % bound of Clopper and Pearson: 0.025^(1/20)."""
+    right = np.ones((4, 20), bool)
+    e = summarise(right, np.arange(20))
+    assert (e.mean, e.ci_high) == (1.0, 1.0)
+    assert e.ci_low == pytest.approx(0.025 ** (1 / 20))
+    assert "do not vary" in e.note
+    same = paired(right, right, np.arange(20))
+    assert verdict(same.ci_low, same.ci_high) == "cannot tell with these labels"
+    assert same.ci_high == pytest.approx(1 - 0.025 ** (1 / 20))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ __all__ = ["embed", "export", "safe_cell", "write_embedding"]
 
 
 def safe_cell(text: str) -> str:
-    """A name as a CSV cell that no spreadsheet takes for a formula."""
+    """A name as a CSV cell that no spreadsheet takes for a formula: with ' before it, but for plain numbers."""
     text = printable(text)
-    return "'" + text if text[:1] in ("=", "+", "-", "@") else text
+    risky = text[:1] in ("=", "+", "-", "@") and not re.fullmatch(r"[+-]\d*\.?\d*", text)
+    return "'" + text if risky else text
 
 
 @torch.inference_mode()
@@ -85,6 +87,8 @@ def export(run: Path, to: Path) -> Path:
     backbone = load_backbone(run)
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.suffix == ".safetensors":
+        if to.resolve() == (run / "backbone.safetensors").resolve():
+            raise UserError(f"--to {to} is the run's own file: name another")
         shutil.copyfile(run / "backbone.safetensors", to)
         shutil.copyfile(run / "backbone.json", to.with_suffix(".json"))
         spec = backbone.spec

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any, TypeVar
 import timm
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from unlabel.checkpoint import write_atomic
 from unlabel.config import BACKBONES, plain
 from unlabel.errors import UserError
 
@@ -61,7 +61,7 @@ class Backbone(nn.Module):
         self.spec = spec
         try:
             model = timm.create_model(spec.name, pretrained=False, num_classes=0, **spec.kwargs)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # timm raises whatever its constructors raise
             message = f"timm cannot build backbone {spec.name!r} ({error}); `unlabel list` names a few good ones"
             raise UserError(message) from None
         if not hasattr(model, "forward_intermediates"):
@@ -71,7 +71,16 @@ class Backbone(nn.Module):
         self.frozen: tuple[str, ...] = ()
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
-        self.stage_names, self.stage_channels, self._picks = self._probe_stages()
+        try:
+            self.stage_names, self.stage_channels, self._picks = self._probe_stages()
+        except UserError:
+            raise
+        except Exception as error:  # a transformer, or a stem that cannot be replaced by one convolution
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"backbone {spec.name!r} does not work at {spec.image_size} px with the {spec.stem} stem ({reason}): "
+                "try --stem timm, larger images, or another backbone of `unlabel list`"
+            ) from None
 
     def _probe_stages(self) -> tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]:
         """Names by stride; where two feature maps share a stride, the deeper one is the stage."""
@@ -80,6 +89,9 @@ class Backbone(nn.Module):
         with torch.no_grad():
             x = torch.zeros(1, 3, 64, 64)
             last, maps = self.model.forward_intermediates(x)
+            side = self.spec.image_size
+            if side < 64:
+                self.model.forward_intermediates(torch.zeros(1, 3, side, side))
         self.train(was_training)
         if last.ndim != 4:
             raise UserError(f"{self.spec.name!r} is not a ConvNet: its features are not (N, C, H, W)")
@@ -155,7 +167,10 @@ def build_backbone(name: str, image_size: int, stem: str = "auto", seed: int = 0
     timm_name, kwargs = (own.timm_name, dict(own.kwargs)) if own else (name, {})
     if stem == "auto":
         stem = "small" if image_size < SMALL_IMAGE else (own.stem if own else "timm")
-    cfg = timm.get_pretrained_cfg(timm_name)
+    try:
+        cfg = timm.get_pretrained_cfg(timm_name)
+    except RuntimeError as error:
+        raise UserError(f"unknown backbone {name!r} ({error}); `unlabel list` names a few good ones") from None
     mean, std = (cfg.mean, cfg.std) if cfg is not None else (Spec.mean, Spec.std)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -176,12 +191,9 @@ def save_backbone(backbone: Backbone, folder: Path) -> Path:
         "stages": dict(zip(backbone.stage_names, backbone.stage_channels, strict=True)),
         "frozen": list(backbone.frozen),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "backbone.safetensors"
-    temporary = folder / ".backbone.safetensors.tmp"
-    save_file({k: v.cpu() for k, v in _exported(backbone).items()}, temporary)
-    (folder / "backbone.json").write_text(json.dumps(about, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_atomic(folder / "backbone.json", (json.dumps(about, indent=2) + "\n").encode())
+    write_atomic(path, save({k: v.cpu() for k, v in _exported(backbone).items()}))
     return path
 
 

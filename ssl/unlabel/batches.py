@@ -54,8 +54,9 @@ class Batches:
         draws = Draws(self.seed, [0] * len(indices), indices.tolist(), device=self.device)
         return Batch(clean(self._images(indices), self.plan.image_size), draws, 1.0)
 
-    def clean(self, batch_size: int = 512) -> Iterator[Tensor]:
-        """Up to CLEAN_IMAGES images, whole and upright, in batches of about equal size."""
+    def clean(self) -> Iterator[Tensor]:
+        """Up to CLEAN_IMAGES images, whole and upright, in batches of about equal size (smaller of large images)."""
+        batch_size = max(16, min(512, 512 * 96**2 // self.plan.image_size**2))
         order = np.random.Generator(np.random.PCG64(mix(self.seed, "clean"))).permutation(len(self.cache.names))
         order = order[:CLEAN_IMAGES]
         for part in np.array_split(order, math.ceil(len(order) / batch_size)):

@@ -27,7 +27,7 @@ def estimate_statistics(backbone: nn.Module, batches: Iterable[Tensor]) -> int:
         layer.momentum = None  # cumulative average
         layer.train()
     for images in batches:
-        backbone(images)
+        backbone(images if len(images) > 1 else images.repeat(2, 1, 1, 1))  # one image has no variance at 1×1
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     backbone.train(was_training)

@@ -47,7 +47,9 @@ class TooManyBroken(UserError):
 class Rows:
     """Chosen rows of an array (N, R, R, 3): indexed like an array, and copies only what is asked for."""
 
-    def __init__(self, base: np.ndarray, rows: np.ndarray) -> None:
+    def __init__(self, base: "np.ndarray | Rows", rows: np.ndarray) -> None:
+        if isinstance(base, Rows):
+            base, rows = base.base, base.rows[rows]
         self.base, self.rows = base, rows
         self.shape, self.dtype = (len(rows), *base.shape[1:]), base.dtype
 
@@ -93,10 +95,7 @@ class ImageCache:
         if rows.dtype == bool:
             rows = np.flatnonzero(rows)
         rows = rows.astype(np.int64)
-        if isinstance(self.images, Rows):
-            images = Rows(self.images.base, self.images.rows[rows])
-        else:
-            images = Rows(self.images, rows)
+        images = Rows(self.images, rows)
         digest = hashlib.sha256(self.fingerprint.encode() + rows.astype("<i8").tobytes()).hexdigest()
         return replace(
             self,

@@ -204,6 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written, a file that is a folder
+        print(f"unlabel: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except Exception as error:
         # Stopped lives beside torch's loop: recognised by its code, so that errors here stay quick.
         code = getattr(error, "code", None)

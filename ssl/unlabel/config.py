@@ -121,8 +121,14 @@ class PretrainConfig:
 
     def fixed(self) -> dict[str, Any]:
         """The settings that a continued run must share, as plain JSON values."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: plain(v) for k, v in values.items() if k not in self.MAY_DIFFER}
+        return {k: v for k, v in self._values().items() if k not in self.MAY_DIFFER}
+
+    def free(self) -> dict[str, Any]:
+        """The other settings."""
+        return {k: v for k, v in self._values().items() if k in self.MAY_DIFFER}
+
+    def _values(self) -> dict[str, Any]:
+        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
 @dataclass(frozen=True)

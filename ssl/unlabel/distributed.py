@@ -29,8 +29,9 @@ __all__ = [
 def start(device: torch.device) -> None:
     """Join the process group that torchrun describes; without torchrun, nothing to do."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        # Long: the others wait while rank 0 packs the images. A rank that dies is torchrun's to notice.
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timedelta(days=1))
 
 
 def stop() -> None:

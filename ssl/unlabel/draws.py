@@ -8,12 +8,14 @@ resumed run sees what the undisturbed run would have seen.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Draws", "mix"]
+__all__ = ["Draws", "mix", "seed_everything"]
 
 _MASK = (1 << 64) - 1
 
@@ -22,6 +24,14 @@ def mix(*parts: int | str) -> int:
     """A well-mixed 64-bit key from integers and names; the same on every platform and Python version."""
     text = "\x1f".join(str(p) for p in parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def seed_everything(*parts: int | str) -> None:
+    """Seed the global generators of torch, numpy and Python, for whatever draws from them and not from Draws."""
+    key = mix(*parts)
+    torch.manual_seed(key)
+    np.random.seed(key % 2**32)
+    random.seed(key)
 
 
 def _splitmix(x: int) -> int:

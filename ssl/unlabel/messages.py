@@ -22,7 +22,8 @@ def log_line(
     sums: dict[str, Tensor], n: int, step: int, plan: Plan, images: int,
     optimizers: list[torch.optim.Optimizer], speed: float, batch: Any, tasks: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    means = {k: float(v) / n for k, v in sums.items()}
+    everywhere = distributed.mean(torch.stack([v.float() for v in sums.values()])) / n
+    means = dict(zip(sums, everywhere.tolist(), strict=True))
     with torch.no_grad():
         trivial = {
             f"{name}/{k}": float(v)
@@ -42,9 +43,12 @@ def log_line(
 
 def not_finite(step: int, values: dict[str, Tensor], run: RunFolder) -> str:
     bad = [k for k, v in values.items() if not bool(torch.isfinite(v).all())]
-    what = ", ".join(bad) or "the loss"
+    what = ", ".join(bad) or "a weight"
     last = max((p.name for p in run.checkpoints.glob("step-*.pt")), default="none")
-    return f"{what} is not finite near step {step} (last good checkpoint: {last}): try a lower --lr or --precision fp32"
+    return (
+        f"{what} is not finite near step {step} (last good checkpoint: {last}): try a lower --lr or --precision fp32, "
+        f"in another --out (--init {run.path} starts from that checkpoint)"
+    )
 
 
 def describe(say: Any, config: PretrainConfig, plan: Plan, cache: ImageCache, model: Any, device: torch.device) -> None:

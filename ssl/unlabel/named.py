@@ -34,9 +34,10 @@ SPLITS: dict[str, tuple[str, ...]] = {
 
 def own_test_split(spec: str) -> str | None:
     """The spec of a named set's own test split ("cifar10:test"), None for all other sources."""
-    if os.path.exists(spec) or spec not in DATASETS or "test" not in SPLITS[spec]:
+    name, _, split = spec.partition(":")
+    if os.path.exists(spec) or name not in DATASETS or split not in ("", "train") or "test" not in SPLITS[name]:
         return None
-    return f"{spec}:test"
+    return f"{name}:test"
 
 
 def cache_root() -> Path:

@@ -58,7 +58,7 @@ def make_optimizers(
         decay = group.get("weight_decay", weight_decay)
         for params, wd in zip(_split(group["params"]), (decay, 0.0), strict=True):
             if params:
-                peak = lr * group.get("lr_scale", 1.0)
+                peak = float(lr * group.get("lr_scale", 1.0))  # numpy's kind cannot be in a checkpoint
                 entry = {"params": params, "lr": peak, "peak": peak, "weight_decay": wd, **options}
                 by_kind.setdefault(group.get("optimizer", optimizer), []).append(entry)
     made: list[torch.optim.Optimizer] = []

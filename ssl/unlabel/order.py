@@ -9,13 +9,20 @@ import numpy as np
 
 from unlabel.draws import mix
 
-__all__ = ["batch_at", "steps_for"]
+__all__ = ["batch_at", "phase_at", "steps_for"]
 
 
 def steps_for(epochs: float, n_images: int, batch_size: int) -> int:
     """Steps that show every image ``epochs`` times: ceil(epochs · N / B)."""
     # The small slack keeps 0.1 * 30 / 1 at 3 steps and not 4.
     return max(1, math.ceil(epochs * n_images / batch_size - 1e-9))
+
+
+def phase_at(step: int, steps: int, phases: int) -> tuple[int, float]:
+    """The phase of a step, 0 … phases - 1, and the progress in it, 0 … 1. All phases are as long, but for rounding."""
+    phase = min(phases - 1, step * phases // steps)
+    first, end = -(-phase * steps // phases), -(-(phase + 1) * steps // phases)
+    return phase, (step - first) / max(1, end - first)
 
 
 @lru_cache(maxsize=3)

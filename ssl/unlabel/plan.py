@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -51,15 +52,17 @@ def check_settings(config: PretrainConfig, classes: dict[str, Any], weights: Seq
         raise UserError("a task in several phases cannot be summed with other tasks")
     if config.epochs is not None and config.minutes is not None:
         raise UserError("give --epochs or --minutes, not both")
-    positive = {
-        "epochs": config.epochs,
-        "minutes": config.minutes,
-        "lr": config.lr,
-        "batch-size": config.batch_size,
-    }
-    for name, value in positive.items():
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} must be above zero, not {value}")
+    positive = ("epochs", "minutes", "lr", "batch_size", "log_every", "checkpoint_every", "workers")
+    for name in (*positive, "weight_decay", "clip", "warmup"):
+        value = getattr(config, name)
+        low = value is not None and (value < 0 or (value == 0 and name in positive))
+        if low or (value is not None and not math.isfinite(value)):
+            least = "above" if name in positive else "from"
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number {least} 0")
+    if config.warmup >= 1:
+        raise UserError(f"--warmup {config.warmup}: a share of the steps, below 1")
+    if config.crop is not None and not 0 < config.crop[0] <= config.crop[1] <= 1:
+        raise UserError(f"--crop {config.crop}: give two shares of the area in rising order, above 0 and up to 1")
     if config.image_size is not None and not 16 <= config.image_size <= 1024:
         raise UserError(f"--image-size must lie between 16 and 1024, not {config.image_size}")
 
@@ -75,16 +78,21 @@ def make_plan(
         config.progressive if config.progressive is not None else all(c.recipe.progressive for c in classes.values())
     )
     n = len(batch_of.cache.names)
+    # Not more than there are images, but two at least: BatchNorm needs a variance.
+    fitting = max(2 * world, min(recipe.batch_size, n) // world * world)
     plan = Plan(
-        image_size, min(config.batch_size or recipe.batch_size, max(world, n)), 0,
+        image_size, config.batch_size or fitting, 0,
         config.lr or recipe.lr, recipe.weight_decay if config.weight_decay is None else config.weight_decay,
         config.optimizer or recipe.optimizer, config.schedule or recipe.schedule, config.crop or recipe.crop,
         progressive, pick_precision(config.precision, device),
     )  # fmt: skip
+    if about is not None:  # a continued run keeps what was resolved then, whatever this machine's speed
+        resolved = {**about["resolved"], "crop": tuple(about["resolved"]["crop"]), "precision": plan.precision}
+        plan = Plan(**resolved)
     if plan.batch_size % world:
-        raise UserError(f"batch size {plan.batch_size} is not a multiple of the {world} processes")
-    if about is not None:  # a continued run keeps its steps, whatever this machine's speed
-        return replace(plan, steps=about["resolved"]["steps"])
+        raise UserError(f"batch size {plan.batch_size} is not a multiple of the {world} processes: set --batch-size")
+    if about is not None:
+        return plan
     epochs = config.epochs if config.epochs is not None else 20.0
     steps = steps_for(epochs, n, plan.batch_size)
     per_step = measure(model, plan, batch_of)
@@ -100,14 +108,20 @@ def measure(model: nn.Module, plan: Plan, batch_of: Batches) -> float:
 
     Per size the median of up to ten steps in MEASURE_SECONDS, after two that warm up.
     """
-    twin = copy.deepcopy(model).train()
+    twin: Any = copy.deepcopy(model).train()
+    for task in twin.tasks.values():
+        task.begin(0)
+    twin.to(batch_of.device)
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.0, momentum=0.9)
     total, steps = 0.0, 10_000
     batch_of.plan = replace(plan, steps=steps)
     at = 0.0
     for share, _ in optim.sizes(plan.image_size, plan.progressive):
         times: list[float] = []
-        while len(times) < 5 or (len(times) < 12 and sum(times) < MEASURE_SECONDS):
+        # All ranks do the same number of steps: a task may compute something together.
+        while distributed.any_rank(
+            len(times) < 5 or (len(times) < 12 and sum(times) < MEASURE_SECONDS), batch_of.device
+        ):
             k, begun = len(times), time.perf_counter()
             batch = batch_of(int((at + share / 2) * steps) + k, progress=0.5)
             with autocast(batch_of.device, plan.precision):
@@ -123,12 +137,16 @@ def measure(model: nn.Module, plan: Plan, batch_of: Batches) -> float:
     return distributed.from_main(total)
 
 
-def freeze_unused(model: Any, batch_of: Batches) -> tuple[str, ...]:
-    """Weights of the backbone that no task reaches get no gradient: freeze them, and return their names."""
+def freeze_unused(model: Any, batch_of: Batches, phases: int) -> tuple[str, ...]:
+    """Weights of the backbone that no task reaches in any phase get no gradient: freeze them, return their names."""
     twin = copy.deepcopy(model).train()
-    batch = batch_of.fixed(4)
-    twin(batch)[0].backward()
-    names = tuple(n for n, p in twin.backbone.model.named_parameters() if p.grad is None)
+    used: set[str] = set()
+    for phase in range(phases):
+        for task in twin.tasks.values():
+            task.begin(phase)
+        twin.to(batch_of.device)(batch_of.fixed(4))[0].backward()
+        used |= {n for n, p in twin.backbone.model.named_parameters() if p.grad is not None}
+    names = tuple(n for n, _ in model.backbone.model.named_parameters() if n not in used)
     for name in names:
         model.backbone.model.get_parameter(name).requires_grad_(False)
     return names

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import math
 import signal
 import sys
 import time
@@ -15,26 +12,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from unlabel import checkpoint, distributed, optim
-from unlabel.backbone import Backbone, build_backbone, channels_last, load_weights, save_backbone
+from unlabel.backbone import Backbone, build_backbone, channels_last, save_backbone
 from unlabel.batches import Batches
 from unlabel.batchnorm import estimate_statistics
-from unlabel.cache import ImageCache, load_cache, write_skipped
+from unlabel.cache import write_skipped
 from unlabel.config import PretrainConfig
-from unlabel.draws import mix
+from unlabel.draws import mix, seed_everything
 from unlabel.errors import UserError
 from unlabel.messages import describe, log_line, not_finite
+from unlabel.order import phase_at
 from unlabel.plan import check_settings, freeze_unused, make_plan
 from unlabel.precision import autocast
 from unlabel.previews import save_previews
 from unlabel.runfolder import RunFolder
 from unlabel.signals import Stopped, catch_signals
 from unlabel.sources import open_source
+from unlabel.start import init_of, load_images, newest_state, refuse_out_inside_data, start_from, with_excluded
 
 __all__ = ["Together", "pretrain"]
 
@@ -81,82 +79,98 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     check_settings(config, classes, weights)
     run = RunFolder(config.out)
     about = run.read()
+    refuse_out_inside_data(config)
 
     # ---- 2. The data, decoded once into the packed cache
+    if not distributed.is_main():  # rank 0 first: a named set may have to be downloaded
+        distributed.barrier()
     source = open_source(config.data)
-    fingerprint = _fingerprint(source.fingerprint, exclude)
+    if distributed.is_main():
+        distributed.barrier()
+    fingerprint = with_excluded(source.fingerprint, exclude)
+    settings = {**config.fixed(), "init": init_of(config.init, about)}
     if about is not None:
-        run.same_or_refuse(config.fixed(), fingerprint)
+        run.same_or_refuse(settings, fingerprint)
         if run.finished():
             say(f"{config.out} is finished and verified: {about['finished']['steps']} steps")
             return config.out
     image_size = config.image_size or min(224, max(32, source.median_short_side()))
-    cache = _load(source, image_size, config, exclude)
+    cache = load_images(source, image_size, config, exclude)
     if distributed.is_main():
         write_skipped(run.path / "skipped.txt", cache.skipped)
         if exclude:
             checkpoint.write_atomic(run.excluded, "".join(f"{h}\n" for h in sorted(exclude)).encode())
 
     # ---- 3. The model: one backbone, and the heads of the tasks
+    state = newest_state(run, about)
     backbone = build_backbone(config.backbone, image_size, config.stem, seed=config.seed)
-    if config.init is not None:
-        _start_from(backbone, config.init)
+    if config.init is not None and state is None:
+        start_from(backbone, config.init)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(config.seed, "heads"))
         tasks = {n: cls(backbone, cls.Config(**config.task_settings.get(n, {}))) for n, cls in classes.items()}
     model = channels_last(Together(backbone, tasks, weights).to(device))
     batch_of = Batches(cache, config, device)
+    phases = max(t.phases for t in tasks.values())
+    if phases > 1 and len(tasks) > 1:
+        raise UserError("a task in several phases cannot be summed with other tasks")
     plan = make_plan(config, image_size, classes, model, batch_of, about)
     batch_of.plan = plan
-    backbone.frozen = freeze_unused(model, batch_of)
+    backbone.frozen = freeze_unused(model, batch_of, phases)
     resolved = {**vars(plan), "crop": list(plan.crop)}
     if about is None and distributed.is_main():
         data = {"spec": list(config.data), "images": len(cache.names), "skipped": len(cache.skipped)}
-        run.begin(config.fixed(), resolved, fingerprint, data)
+        run.begin(settings, config.free(), resolved, fingerprint, data)
     describe(say, config, plan, cache, model, device)
 
     # ---- 4. Resume, optimisers, DDP
-    state = checkpoint.load_newest(run.checkpoints)
     step, seconds, phase = (state["step"], state["seconds"], state["phase"]) if state else (0, 0.0, 0)
-    phases = max(t.phases for t in tasks.values())
-    phase_steps = math.ceil(plan.steps / phases)
 
     def begin(phase: int) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+        seed_everything(config.seed, "begin", phase)  # what a task grows is the same in a continued run
         for task in tasks.values():
             task.begin(phase)
+        channels_last(model.to(device))
         groups = [g for task in tasks.values() for g in task.param_groups()]
         optimizers = optim.make_optimizers(backbone, groups, plan.optimizer, plan.lr, plan.weight_decay)
         return _wrap(model, device), optimizers
 
+    for passed in range(phase):
+        begin(passed)
     wrapped, optimizers = begin(phase)
     if state:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+    if about is not None:
         say(f"continues from step {step} of {plan.steps}")
     if distributed.is_main():
         run.cut_metrics(step)
-    if config.compile:
-        backbone.model.compile()
+    if config.compile:  # what Backbone calls; off by default: seconds to minutes at each image size, and other bits
+        backbone.model.forward_intermediates = torch.compile(backbone.model.forward_intermediates)
 
     def save(step: int) -> None:
         if distributed.is_main():
+            if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+                raise UserError(not_finite(step, {}, run))
             content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
             content |= {"step": step, "seconds": seconds + time.monotonic() - started, "phase": phase}
+            content |= {"sums": sums, "summed": summed}
             checkpoint.save(run.checkpoints, step, content)
 
     def preview(step: int) -> None:
-        if distributed.is_main():
-            batch = batch_of.fixed()
-            torch.manual_seed(mix(config.seed, "preview"))
-            save_previews(tasks, {n: replace(batch, draws=batch.draws.stream(n)) for n in tasks}, run.previews, step)
+        batch = batch_of.fixed()
+        seed_everything(config.seed, "preview")
+        folder = run.previews if distributed.is_main() else None
+        save_previews(tasks, {n: replace(batch, draws=batch.draws.stream(n)) for n in tasks}, folder, step)
 
     # ---- 5. The loop
     every_log = config.log_every or max(1, plan.steps // 200)
     every_save = config.checkpoint_every or max(1, round(len(cache.names) / plan.batch_size))
     preview_at = {round(plan.steps * k / (PREVIEWS - 1)) for k in range(PREVIEWS)}
     started = last_save = last_log = time.monotonic()
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {k: v.to(device) for k, v in state["sums"].items()} if state else {}
+    summed, timed = (state["summed"], 0) if state else (0, 0)  # steps in the sums; steps since the last log line
     if step == 0:
         preview(0)
     bar = tqdm(
@@ -165,11 +179,12 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     )  # fmt: skip
     with catch_signals() as caught, bar:
         while step < plan.steps:
-            if step // phase_steps != phase:
-                phase = step // phase_steps
+            now, progress = phase_at(step, plan.steps, phases)
+            if now != phase:
+                phase = now
                 wrapped, optimizers = begin(phase)
-            torch.manual_seed(mix(config.seed, step, distributed.rank()))
-            batch = batch_of(step, progress=(step - phase * phase_steps) / phase_steps)
+            seed_everything(config.seed, step, distributed.rank())
+            batch = batch_of(step, progress)
             optim.set_rates(optimizers, optim.rate_at(batch.progress, config.warmup, plan.schedule))
             wrapped.train()
             with autocast(device, plan.precision):
@@ -181,7 +196,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            step += 1
+            step, summed, timed = step + 1, summed + 1, timed + 1
             bar.update(plan.batch_size)
 
             for k, v in {"loss": loss.detach(), **values}.items():
@@ -191,13 +206,12 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
             if (log_due or due) and not bool(torch.isfinite(sums["loss"])):
                 raise UserError(not_finite(step, values, run))
             if log_due:
-                n = (step - 1) % every_log + 1
-                speed = n * plan.batch_size / (time.monotonic() - last_log)
-                line = log_line(sums, n, step, plan, len(cache.names), optimizers, speed, batch, tasks)
+                speed = timed * plan.batch_size / (time.monotonic() - last_log)
+                line = log_line(sums, summed, step, plan, len(cache.names), optimizers, speed, batch, tasks)
                 if distributed.is_main():
                     run.log(line)
                 bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
-                sums, last_log = {}, time.monotonic()
+                sums, summed, timed, last_log = {}, 0, 0, time.monotonic()
             if step in preview_at:
                 preview(step)
             signum = distributed.any_rank(bool(caught), device) and (caught[0] if caught else signal.SIGTERM)
@@ -210,49 +224,13 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     # ---- 6. The product: BatchNorm statistics on clean images, then weights only
     seconds += time.monotonic() - started
     if distributed.is_main():
-        torch.manual_seed(mix(config.seed, "finish"))
+        seed_everything(config.seed, "finish")
         estimate_statistics(backbone, batch_of.clean())
         path = save_backbone(backbone, run.path)
         run.finish(path, {"steps": plan.steps, "images_seen": plan.steps * plan.batch_size, "seconds": seconds})
     distributed.barrier()
     say(f"{run.path / 'backbone.safetensors'}: {plan.steps} steps, {plan.steps * plan.batch_size:,} images seen")
     return run.path
-
-
-def _start_from(backbone: Backbone, run: Path) -> None:
-    """Another run's backbone: its product, or where it was stopped before the end, its newest checkpoint."""
-    if (run / "backbone.safetensors").exists() or not (run / "checkpoints").is_dir():
-        return load_weights(backbone, run / "backbone.safetensors")
-    state = checkpoint.load_newest(run / "checkpoints") or {"model": {}}
-    weights = {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}
-    try:
-        backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"the checkpoint in {run} does not fit --backbone ({str(error).splitlines()[-1].strip()})"
-        ) from None
-
-
-def _fingerprint(fingerprint: str, exclude: frozenset[str]) -> str:
-    if not exclude:
-        return fingerprint
-    return hashlib.sha256(json.dumps([fingerprint, sorted(exclude)]).encode()).hexdigest()
-
-
-def _load(source: Any, image_size: int, config: PretrainConfig, exclude: frozenset[str]) -> ImageCache:
-    """Rank 0 packs; the others wait and map the same file."""
-    options: dict[str, Any] = {"max_skipped": config.max_skipped, "workers": config.workers}
-    if distributed.is_main():
-        cache = load_cache(source, image_size, **options)
-        distributed.barrier()
-    else:
-        distributed.barrier()
-        cache = load_cache(source, image_size, progress=False, **options)
-    if exclude:
-        cache = cache.subset(np.flatnonzero([h not in exclude for h in cache.hashes]))
-    if not cache.names:
-        raise UserError(f"no usable image in {source.spec}: `unlabel check` says what is there")
-    return cache
 
 
 def _wrap(model: Together, device: torch.device) -> nn.Module:

@@ -13,9 +13,13 @@ __all__ = ["save_previews"]
 
 
 @torch.no_grad()
-def save_previews(tasks: Mapping[str, nn.Module], batches: Mapping[str, object], folder: Path, step: int) -> list[Path]:
-    """One PNG per task: rows input, target, prediction. No buffer changes: everything is in eval mode."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_previews(
+    tasks: Mapping[str, nn.Module], batches: Mapping[str, object], folder: Path | None, step: int
+) -> list[Path]:
+    """One PNG per task: rows input, target, prediction. No buffer changes: everything is in eval mode.
+
+    Without a folder nothing is written: a rank that only takes part in what the tasks compute together.
+    """
     paths = []
     for name, task in tasks.items():
         backbone: nn.Module = task.backbone  # type: ignore[assignment]
@@ -25,10 +29,13 @@ def save_previews(tasks: Mapping[str, nn.Module], batches: Mapping[str, object],
         shown: dict[str, Tensor] = task.show(batches[name])  # type: ignore[operator]
         for module, training in modes:
             module.training = training
+        if folder is None:
+            continue
         rows = [shown[k].float().clamp(0, 1).cpu() for k in ("input", "target", "prediction")]
         height = max(96, rows[0].shape[-1])
         rows = [torch.nn.functional.interpolate(r, size=height, mode="nearest") for r in rows]
         path = folder / f"{name}-{step:09d}.png"
+        folder.mkdir(parents=True, exist_ok=True)
         save_image(make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2, pad_value=1.0), path)
         paths.append(path)
     return paths

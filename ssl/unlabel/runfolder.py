@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unlabel.checkpoint import file_sha256, write_atomic
+from unlabel.distributed import world_size
 from unlabel.errors import UserError
 
 __all__ = ["RunFolder", "hardware", "versions"]
@@ -91,9 +92,15 @@ class RunFolder:
                 f"{self.path} holds a run with other settings: {'; '.join(differing)}. Choose another --out"
             )
 
-    def begin(self, settings: dict[str, Any], resolved: dict[str, Any], fingerprint: str, data: dict[str, Any]) -> None:
+    def begin(
+        self, settings: dict[str, Any], free: dict[str, Any], resolved: dict[str, Any], fingerprint: str,
+        data: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """``free``: the settings that may differ when the run is continued."""
         self.about = {
             "settings": settings,
+            "free": free,
+            "processes": world_size(),
             "resolved": resolved,
             "fingerprint": fingerprint,
             "data": data,
@@ -140,4 +147,6 @@ class RunFolder:
             )
         if file_sha256(backbone) != done["backbone_sha256"]:
             raise UserError(f"{backbone} is not the file that this run wrote (checksum differs)")
+        if not (self.path / "backbone.json").exists():
+            raise UserError(f"{self.path} is finished but backbone.json is gone: restore it or choose another --out")
         return True

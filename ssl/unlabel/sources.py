@@ -140,13 +140,13 @@ class Source:
         return self._sample[1]
 
 
-def open_source(specs: str | Sequence[str], labels: Path | None = None) -> Source:
+def open_source(specs: str | Sequence[str], labels: Path | None = None, elsewhere: Sequence[str] = ()) -> Source:
     """The images of one or several SOURCEs together.
 
     A spec is a folder, a tar archive (compressed or not), a pattern of archives such as
     shards/{000..009}.tar or shards/*.tar, or the name of a data set; what exists on disk wins over a name.
-    `labels` is a CSV of name,label; images that are not in it are left out. Names of several sources may
-    coincide.
+    `labels` is a CSV of name,label; images that are not in it are left out. `elsewhere` are names of another
+    source that the CSV may also hold. Names of several sources may coincide.
     Raises UserError for what does not exist, cannot be read, or holds no image.
     """
     specs = [specs] if isinstance(specs, str) else list(specs)
@@ -162,7 +162,9 @@ def open_source(specs: str | Sequence[str], labels: Path | None = None) -> Sourc
         found.entries += part.entries
         found.skipped += part.skipped
         found.ignored += part.ignored
-    csv_labels = None if labels is None else read_labels(Path(labels), [entry.name for entry in found.entries])
+    csv_labels = (
+        None if labels is None else read_labels(Path(labels), [entry.name for entry in found.entries], elsewhere)
+    )
     return Source(" ".join(specs), found.entries, found.skipped, found.ignored, csv_labels)
 
 
@@ -218,8 +220,11 @@ def _expand(pattern: str) -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def read_labels(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """Relative name -> label. A row gives the relative name, or the file name where that is unique."""
+def read_labels(path: Path, names: Sequence[str], elsewhere: Sequence[str] = ()) -> dict[str, str]:
+    """Relative name -> label. A row gives the relative name, or the file name where that is unique.
+
+    Rows whose name is one of `elsewhere` (or a file name there) and not of this source are left out.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -241,6 +246,7 @@ def read_labels(path: Path, names: Sequence[str]) -> dict[str, str]:
     full = {name.rsplit("/", 1)[-1]: name for name in names}
     labels: dict[str, str] = {}
     unknown: list[str] = []
+    other = {*elsewhere, *(name.rsplit("/", 1)[-1] for name in elsewhere)}
     for row in rows:
         if len(row) <= max(name_at, label_at):
             raise UserError(f"{path} has a row without a label column: {row}; each row is name,label")
@@ -252,7 +258,7 @@ def read_labels(path: Path, names: Sequence[str]) -> dict[str, str]:
         if max(known[name], bare[name] if name not in known else 0) > 1:
             raise UserError(f"{name!r} in {path} stands for several images; write its folder too")
         if name not in known:
-            unknown.append(name)
+            unknown += [] if name in other else [name]
         elif labels.setdefault(name, label) != label:
             raise UserError(f"{path} gives {name!r} both as {labels[name]!r} and as {label!r}; keep one")
     if unknown:
