@@ -175,7 +175,10 @@ def test_settings_that_a_person_can_get_wrong(digits_folder: Path, tmp_path: Pat
     cases = [
         ({"weights": (1.0,)}, ("rotation", "denoising"), "one per task"),
         ({"epochs": 1.0, "minutes": 1.0}, ("rotation",), "not both"),
-        ({"lr": -1.0}, ("rotation",), "above zero"),
+        ({"lr": -1.0}, ("rotation",), "above 0"),
+        ({"crop": (0.0, 1.0)}, ("rotation",), "rising order"),
+        ({"warmup": float("nan")}, ("rotation",), "--warmup nan"),
+        ({"backbone": "vit_tiny_patch16_224"}, ("rotation",), "another backbone"),
         ({"backbone": "nonesuch"}, ("rotation",), "unlabel list"),
         ({"init": Path("nowhere")}, ("rotation",), "does not exist"),
         ({}, ("rotate",), "unknown pretext task"),
@@ -205,7 +208,6 @@ class Greedy(Denoising):
 def test_a_task_that_grows_is_continued_exactly(saves: int, digits_folder: Path, tmp_path: Path, monkeypatch):
     """Deaths before and after the second phase begins, at steps 5 and 7 of 10; checkpoints at 3, 5 (its eve) and 6."""
     monkeypatch.setitem(TASKS, "greedy", (f"{__name__}:Greedy", "for this test"))
-    monkeypatch.setattr("unlabel.pretrain.load_task", lambda name: Greedy, raising=False)
     monkeypatch.setattr("pretext.load_task", lambda name: Greedy)
     more = {"checkpoint_every": 5 if saves == 1 else 3}
     whole = pretrain(settings(digits_folder, tmp_path / "whole", "greedy", **more))

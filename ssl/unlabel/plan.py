@@ -95,7 +95,7 @@ def make_plan(
         return plan
     epochs = config.epochs if config.epochs is not None else 20.0
     steps = steps_for(epochs, n, plan.batch_size)
-    per_step = measure(model, plan, batch_of)
+    per_step = measure(model, plan, batch_of, 12 if config.minutes is not None else 4)
     if config.minutes is not None:
         steps = max(1, int(config.minutes * 60 / per_step))
     if distributed.is_main():
@@ -103,10 +103,10 @@ def make_plan(
     return replace(plan, steps=steps)
 
 
-def measure(model: nn.Module, plan: Plan, batch_of: Batches) -> float:
+def measure(model: nn.Module, plan: Plan, batch_of: Batches, at_most: int) -> float:
     """Seconds per step, averaged over the sizes that training goes through. The model itself is not touched.
 
-    Per size the median of up to ten steps in MEASURE_SECONDS, after two that warm up.
+    Per size the median of up to ``at_most`` steps in MEASURE_SECONDS, but for the first two, which warm up.
     """
     twin: Any = copy.deepcopy(model).train()
     for task in twin.tasks.values():
@@ -120,7 +120,7 @@ def measure(model: nn.Module, plan: Plan, batch_of: Batches) -> float:
         times: list[float] = []
         # All ranks do the same number of steps: a task may compute something together.
         while distributed.any_rank(
-            len(times) < 5 or (len(times) < 12 and sum(times) < MEASURE_SECONDS), batch_of.device
+            len(times) < 4 or (len(times) < at_most and sum(times) < MEASURE_SECONDS), batch_of.device
         ):
             k, begun = len(times), time.perf_counter()
             batch = batch_of(int((at + share / 2) * steps) + k, progress=0.5)
