@@ -43,33 +43,23 @@ class Preset:
     ema: float = 0.98  # averaged weights are the result
 
 
-def train_size(image_size: int) -> int:
-    """Side of the training views: from 48 px on, three quarters of the images that are classified.
-
-    Random crops magnify what is in them; smaller views bring it back to the size that it will have (Touvron et
-    al. 2019, "Fixing the train-test resolution discrepancy"), and are quicker. Below 48 px the network has not
-    been trained at other sizes.
-    """
-    return image_size if image_size < 48 else round(0.75 * image_size / 8) * 8
-
-
-# Pretrained: the head comes from the probe, so a few hundred small steps are enough.
+# Pretrained: the head comes from the probe, so few steps are enough. Set on cats and dogs (development photos, two
+# draws of 50 labels per class): 120 steps gave 82.1 % at peak 1.5e-3 and 82.4 % at 3e-3, 250 steps 81.2 %; views of
+# three quarters of the size 78.2 %. From scratch, 300 steps: 60.6 % at peak 1e-3, 58.8 % at 3e-3.
 _FEW = (Preset("top", 60, 5e-4, top_layers=1),)
 _SOME = (Preset("all", 100, 1e-3, layer_decay=0.7),)
 _MANY = (
-    Preset("gentle", 250, 5e-4, layer_decay=0.6),
-    Preset("all", 250, 1.5e-3, layer_decay=0.75),
-    Preset("free", 250, 3e-3, layer_decay=0.9),
+    Preset("gentle", 150, 7e-4, layer_decay=0.65),
+    Preset("all", 150, 2e-3, layer_decay=0.75),
+    Preset("free", 150, 4e-3, layer_decay=0.8),
 )
 # From scratch: as many presets, more steps; BatchNorm has to learn its statistics.
-_SCRATCH_FEW = (Preset("scratch", 120, 2e-3, batchnorm="train"),)
+_SCRATCH_FEW = (Preset("scratch", 120, 1e-3, batchnorm="train"),)
 _SCRATCH_MANY = (
-    Preset("scratch-slow", 400, 1e-3, batchnorm="train"),
-    Preset("scratch", 400, 3e-3, batchnorm="train"),
-    Preset("scratch-strong-decay", 400, 3e-3, batchnorm="train", weight_decay=0.5),
+    Preset("scratch-slow", 400, 5e-4, batchnorm="train"),
+    Preset("scratch", 400, 1e-3, batchnorm="train"),
+    Preset("scratch-fast", 400, 3e-3, batchnorm="train"),
 )
-
-
 # With many labels the presets' steps would not even show each image once: at least so many passes.
 _PASSES, _SCRATCH_PASSES = 8, 16
 
@@ -171,7 +161,7 @@ def _train(
             model.head.weight.mul_(0.1)
     optimizer = torch.optim.AdamW(_groups(model, preset))
     average = copy.deepcopy(model)
-    precision, size = pick_precision("auto", device), train_size(start.spec.image_size)
+    precision, size = pick_precision("auto", device), start.spec.image_size
     labels = torch.as_tensor(y, device=device).long()
     batch_size = min(preset.batch_size, max(2, len(y)))
     for step in range(preset.steps):
