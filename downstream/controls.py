@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from downstream.features import StageFeatures
 from unlabel import augment
+from unlabel.cache import Rows
 
 SIDE = 32  # px that both work at, at most
 CHUNK = 128  # images featurised at a time
@@ -47,7 +48,7 @@ class Pixels:
         rows = np.concatenate([_shrunk(unlabelled[chosen[a : a + CHUNK]], size).flatten(1).numpy() for a in starts])
         self.pca = PCA(min(components, *rows.shape), svd_solver="randomized", random_state=seed).fit(rows)
 
-    def features(self, images: np.ndarray, progress: str | None = None) -> StageFeatures:
+    def features(self, images: np.ndarray | Rows, progress: str | None = None) -> StageFeatures:
         """Pseudo-stage "pixels": (N, components). `progress` names the bar."""
         parts = [
             self.pca.transform(_shrunk(part, self.size).flatten(1).numpy()).astype(np.float32)
@@ -109,14 +110,14 @@ class Patches:
         maps = near.view(len(images), side, side, -1).permute(0, 3, 1, 2)
         return F.adaptive_avg_pool2d(maps, 2).flatten(1)
 
-    def features(self, images: np.ndarray, progress: str | None = None) -> StageFeatures:
+    def features(self, images: np.ndarray | Rows, progress: str | None = None) -> StageFeatures:
         """Pseudo-stage "patches": (N, 4 x centroids). `progress` names the bar."""
         with torch.inference_mode():
             parts = [self._triangle(_shrunk(part, self.size)).numpy() for part in _chunks(images, progress)]
         return StageFeatures({}, {"patches": np.concatenate(parts)})
 
 
-def _chunks(images: np.ndarray, progress: str | None) -> Iterator[np.ndarray]:
+def _chunks(images: np.ndarray | Rows, progress: str | None) -> Iterator[np.ndarray]:
     with tqdm(total=len(images), desc=progress, unit="img", disable=progress is None) as bar:
         for start in range(0, len(images), CHUNK):
             part = images[start : start + CHUNK]

@@ -131,9 +131,10 @@ def _change_stem(model: Any, stem: str) -> tuple[str, ...]:
     if stem not in ("small", "half"):
         raise UserError(f"unknown stem {stem!r}: auto, small or timm")
     name, conv = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    width, chain = conv.out_channels, model.get_submodule(name.rpartition(".")[0])
+    width: int = conv.out_channels
+    chain = model.get_submodule(name.rpartition(".")[0])
     if isinstance(chain, nn.Sequential) and isinstance(chain[-1], nn.Conv2d):
-        name, width = name.rpartition(".")[0], chain[-1].out_channels
+        name, width = name.rpartition(".")[0], int(chain[-1].out_channels)  # type: ignore[arg-type]
     patchify = conv.stride[0] == conv.kernel_size[0] and conv.stride[0] > 1  # ConvNeXt
     kernel, stride = (5, 2) if stem == "half" else (2, 2) if patchify else (3, 1)
     new = type(conv)(
