@@ -13,9 +13,10 @@ import torch
 
 from downstream import evaluate as ev
 from downstream import finetune as ft
+from downstream.split import split_data
 from unlabel.cache import load_cache
 from unlabel.cli import main
-from unlabel.compare import label_counts, split_data
+from unlabel.compare import label_counts
 from unlabel.config import EvaluateConfig
 from unlabel.errors import UserError
 from unlabel.sources import open_source

@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ import torch
 
 from downstream import evaluate as ev
 from downstream import finetune as ft
-from downstream import stats
+from downstream.split import Split, split_data
+from downstream.summary import summarise
 from pretext import load_task
 from unlabel import report
 from unlabel.backbone import build_backbone, channels_last, load_backbone
@@ -27,134 +27,15 @@ from unlabel.cache import ImageCache, load_cache
 from unlabel.checkpoint import write_atomic
 from unlabel.config import CompareConfig, EvaluateConfig, FewLabels, PretrainConfig, plain
 from unlabel.distributed import pick_device
-from unlabel.duplicates import clusters, content_split
 from unlabel.errors import UserError
 from unlabel.pretrain import pretrain
 from unlabel.runfolder import RunFolder, hardware, versions
-from unlabel.sources import open_source, own_test_split
+from unlabel.sources import open_source
 from unlabel.start import with_excluded
 
 __all__ = ["compare", "evaluate"]
 
 DEFAULT_COUNTS = (1, 10, 50)
-
-
-# ---- Data: pool, test and pretraining images, with no near-duplicate on two sides
-
-
-@dataclass(frozen=True)
-class Split:
-    pool: ev.Images
-    test: ev.Images
-    classes: list[str]
-    unlabelled: ImageCache  # a sample of the pretraining images (else of the pool), no test image among them
-    pretraining_leaks: frozenset[str]  # content hashes of pretraining images that are near-duplicates of test images
-    seen: int | None  # test images of which a near-duplicate is among the pretraining images; None: not known
-    about: dict[str, Any]
-    warnings: list[str]
-
-
-def split_data(
-    config: FewLabels, image_size: int, pretraining: ImageCache | None, others: Mapping[str, ImageCache] | None = None
-) -> Split:
-    """Cluster near-duplicates over everything, then split by cluster. No seed takes part.
-
-    ``others``: what further runs were trained on, by name; a warning says which of them saw test images.
-    """
-    warnings: list[str] = []
-    others = others or {}
-    train, held, test_spec = _labelled(config, image_size)
-    caches = list({id(c): c for c in (train, held, pretraining, *others.values()) if c is not None}.values())
-    ids = dict(zip(map(id, caches), clusters(caches), strict=True))
-    train_ids = ids[id(train)]
-    classes = sorted(set(train.labels or ()))
-    if held is None:
-        in_test = content_split(train, train_ids)
-        test_cache, test_ids = train.subset(np.flatnonzero(in_test)), train_ids[in_test]
-        in_pool = ~in_test
-    else:
-        test_cache, test_ids = held, ids[id(held)]
-        in_pool = ~np.isin(train_ids, test_ids)
-        dropped = int((~in_pool).sum())
-        if dropped:
-            warnings.append(f"{dropped} training images are near-duplicates of test images and were left out")
-    _same_classes(classes, test_cache.labels or [], held is None)
-    number = {c: k for k, c in enumerate(classes)}
-
-    def images(cache: ImageCache, cluster_ids: np.ndarray) -> ev.Images:
-        y = np.array([number[c] for c in cache.labels or ()], np.int64)
-        return ev.Images(cache.images, y, cache.names, cache.hashes, cluster_ids)
-
-    pool_rows = np.flatnonzero(in_pool)
-    left = {(train.labels or [])[k] for k in pool_rows}
-    for c in classes:
-        if c not in left:
-            raise UserError(
-                f"class {c!r}: each of its --train images is a near-duplicate of a --test image; give other ones"
-            )
-    pool_cache = train.subset(pool_rows)
-    leaks: frozenset[str] = frozenset()
-    seen, usable = None, pool_cache
-    if pretraining is not None:
-        leaking = np.isin(ids[id(pretraining)], test_ids)
-        leaks = frozenset(h for h, leak in zip(pretraining.hashes, leaking, strict=True) if leak)
-        seen = int(np.isin(test_ids, ids[id(pretraining)]).sum())
-        usable = pretraining.subset(~leaking) if not leaking.all() else pool_cache
-    for name, cache in others.items():
-        n = int(np.isin(test_ids, ids[id(cache)]).sum())
-        if n:
-            warnings.append(f"{n} test images have a near-duplicate among those that {name} was pretrained on")
-    about = {
-        "train": {"spec": config.train, "images": len(pool_rows), "classes": classes, "skipped": len(train.skipped)},
-        "test": {
-            "spec": test_spec or f"20 % of {config.train} by content hash",
-            "images": len(test_cache),
-            "clusters": len(np.unique(test_ids)),
-        },
-    }
-    pool, test = images(pool_cache, train_ids[pool_rows]), images(test_cache, test_ids)
-    return Split(pool, test, classes, _spread(usable), leaks, seen, about, warnings)
-
-
-def _labelled(config: FewLabels, image_size: int) -> tuple[ImageCache, ImageCache | None, str | None]:
-    """Images of --train and, where they are a source of their own, of the test set; and what that source is.
-
-    The labels of --labels are for both, but for a test source that has class folders: those count there.
-    """
-    spec = config.test or own_test_split(config.train)
-    test = open_source(spec) if spec else None
-    if test is None or config.labels is None:
-        train = open_source(config.train, config.labels)
-    elif len(set(test.labels or ())) > 1:
-        train = open_source(config.train, config.labels, elsewhere=test.names)
-    else:
-        names = open_source(config.train).names
-        train = open_source(config.train, config.labels, elsewhere=test.names)
-        test = open_source(spec or "", config.labels, elsewhere=names)
-        both = sorted(set(train.names) & set(test.names))
-        if both:
-            raise UserError(
-                f"{both[0]!r} in {config.labels} is the name of a --train and of a --test image: put the test images "
-                "into class folders, or give them other names"
-            )
-    found = []
-    for source in (train, test):
-        if source is not None:
-            source.require_labels()
-        found.append(load_cache(source, image_size, max_skipped=config.max_skipped) if source is not None else None)
-    return found[0], found[1], spec
-
-
-def _same_classes(train: Sequence[str], test: Sequence[str], split_off: bool) -> None:
-    only_train, only_test = sorted(set(train) - set(test)), sorted(set(test) - set(train))
-    if only_train and split_off:
-        raise UserError(
-            f"class {only_train[0]!r} has too few different images to split off a test set: add some, leave the class "
-            "out, or give --test"
-        )
-    if only_train or only_test:
-        missing = [f"{', '.join(c[:5])} only in {where}" for c, where in ((only_train, "--train"), (only_test, "--test")) if c]  # noqa: E501  # fmt: skip
-        raise UserError(f"--train and --test have different classes: {'; '.join(missing)}")
 
 
 def label_counts(config: FewLabels, y: np.ndarray) -> tuple[ev.Count, ...]:
@@ -342,12 +223,6 @@ def _fill_and_report(
     return out
 
 
-def _spread(cache: ImageCache, at_most: int = 8192) -> ImageCache:
-    """Evenly spaced images, shuffled: sources are sorted, so the first ones are not a sample."""
-    rows = np.unique(np.linspace(0, len(cache) - 1, min(at_most, len(cache))).round().astype(int))
-    return cache.subset(np.random.default_rng(0).permutation(rows))
-
-
 def _print_cost(table: ev.Table, arms: Sequence[ev.Arm]) -> None:
     """Fine-tuning is what takes the time: count its image passes, and measure the speed of one step."""
     passes = 0
@@ -375,67 +250,6 @@ def _print_cost(table: ev.Table, arms: Sequence[ev.Arm]) -> None:
     minutes = passes / 32 * float(np.median(times[1:])) / 60
     known = f"; what is already in {table.out / 'cells'} is not done again" if (table.out / "cells").exists() else ""
     print(f"cost: fine-tuning passes {passes:,} images, about {minutes:.1f} minutes{known}")
-
-
-def summarise(
-    table: ev.Table,
-    tasks: Sequence[ev.Arm],
-    arms: Sequence[ev.Arm],
-    rows: list[dict[str, Any]],
-    predictions: ev.Predictions,
-) -> dict[str, Any]:
-    """The only place that reads the test labels: predictions to accuracies, intervals, differences."""
-    clusters_ = table.test.clusters
-    correct = {key: p == table.test.y for key, p in predictions.items()}  # (seeds, draws, T)
-    seed_at = {arm.name: {seed: k for k, seed in enumerate(arm.seeds)} for arm in arms}
-    for row in rows:
-        hits = correct[row["arm"], row["protocol"], row["labels_per_class"], None]
-        row["accuracy"] = float(hits[seed_at[row["arm"]][row["seed"]], row["draw"]].mean())
-    summary, stages = [], []
-    for (arm, protocol, count, stage), hits in correct.items():
-        e = stats.summarise(hits, clusters_)
-        line = {
-            "arm": arm, "protocol": protocol, "labels_per_class": count, "mean": e.mean, "ci_low": e.ci_low,
-            "ci_high": e.ci_high, "n_draws": e.n_draws, "n_seeds": e.n_seeds, "unit": e.unit, "note": e.note,
-        }  # fmt: skip
-        (summary.append(line) if stage is None else stages.append({**line, "stage": stage}))
-    present = {arm.name for arm in arms}
-    pairs = [(a.name, v, p) for a in tasks for v, p in _VERSUS if v in present]
-    pairs += [(a.name, tasks[0].name, p) for a in tasks[1:] for p in table.protocols]
-    primary = _primary(tasks[0].name, present, table)
-    paired = []
-    for arm, versus, protocol in pairs:
-        for count in table.counts:
-            if (arm, protocol, count, None) not in correct:
-                continue
-            a, b = correct[arm, protocol, count, None], correct[versus, protocol, count, None]
-            if len(a) < len(b):  # fewer seeds than what it is compared with: over those nothing can be said
-                b = b.mean(axis=0, keepdims=True)
-            a, b = np.broadcast_arrays(a, b)
-            e = stats.paired(a, b, clusters_)
-            paired.append({
-                "arm": arm, "versus": versus, "protocol": protocol, "labels_per_class": count, "difference": e.mean,
-                "ci_low": e.ci_low, "ci_high": e.ci_high, "verdict": stats.verdict(e.ci_low, e.ci_high),
-                "primary": (arm, versus, protocol, count) == primary, "n_draws": e.n_draws, "n_seeds": e.n_seeds,
-                "unit": e.unit, "note": e.note,
-            })  # fmt: skip
-    return {"schema": 1, "rows": rows, "summary": summary, "stages": stages, "paired": paired}
-
-
-_VERSUS = [
-    ("scratch", "finetune"), ("random", "linear"), ("random", "knn"),
-    ("patches", "linear"), ("patches", "knn"), ("pixels", "linear"), ("pixels", "knn"),
-]  # fmt: skip
-
-
-def _primary(first: str, present: Iterable[str], table: ev.Table) -> tuple[Any, ...] | None:
-    """The one comparison that is named before the test labels are read."""
-    middle = table.counts[len(table.counts) // 2]
-    if "finetune" in table.protocols and "scratch" in present:
-        return first, "scratch", "finetune", middle
-    if "linear" in table.protocols and "random" in present:
-        return first, "random", "linear", middle
-    return None
 
 
 def _provenance(out: Path, tasks: Sequence[ev.Arm], split: Split, settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""From predictions to accuracies, intervals and differences: the only place that reads the test labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from downstream import evaluate as ev
+from downstream import stats
+
+__all__ = ["summarise"]
+
+
+def summarise(
+    table: ev.Table,
+    tasks: Sequence[ev.Arm],
+    arms: Sequence[ev.Arm],
+    rows: list[dict[str, Any]],
+    predictions: ev.Predictions,
+) -> dict[str, Any]:
+    """The only place that reads the test labels: predictions to accuracies, intervals, differences."""
+    clusters_ = table.test.clusters
+    correct = {key: p == table.test.y for key, p in predictions.items()}  # (seeds, draws, T)
+    seed_at = {arm.name: {seed: k for k, seed in enumerate(arm.seeds)} for arm in arms}
+    for row in rows:
+        hits = correct[row["arm"], row["protocol"], row["labels_per_class"], None]
+        row["accuracy"] = float(hits[seed_at[row["arm"]][row["seed"]], row["draw"]].mean())
+    summary, stages = [], []
+    for (arm, protocol, count, stage), hits in correct.items():
+        e = stats.summarise(hits, clusters_)
+        line = {
+            "arm": arm, "protocol": protocol, "labels_per_class": count, "mean": e.mean, "ci_low": e.ci_low,
+            "ci_high": e.ci_high, "n_draws": e.n_draws, "n_seeds": e.n_seeds, "unit": e.unit, "note": e.note,
+        }  # fmt: skip
+        (summary.append(line) if stage is None else stages.append({**line, "stage": stage}))
+    present = {arm.name for arm in arms}
+    pairs = [(a.name, v, p) for a in tasks for v, p in _VERSUS if v in present]
+    pairs += [(a.name, tasks[0].name, p) for a in tasks[1:] for p in table.protocols]
+    primary = _primary(tasks[0].name, present, table)
+    paired = []
+    for arm, versus, protocol in pairs:
+        for count in table.counts:
+            if (arm, protocol, count, None) not in correct:
+                continue
+            a, b = correct[arm, protocol, count, None], correct[versus, protocol, count, None]
+            if len(a) < len(b):  # fewer seeds than what it is compared with: over those nothing can be said
+                b = b.mean(axis=0, keepdims=True)
+            a, b = np.broadcast_arrays(a, b)
+            e = stats.paired(a, b, clusters_)
+            paired.append({
+                "arm": arm, "versus": versus, "protocol": protocol, "labels_per_class": count, "difference": e.mean,
+                "ci_low": e.ci_low, "ci_high": e.ci_high, "verdict": stats.verdict(e.ci_low, e.ci_high),
+                "primary": (arm, versus, protocol, count) == primary, "n_draws": e.n_draws, "n_seeds": e.n_seeds,
+                "unit": e.unit, "note": e.note,
+            })  # fmt: skip
+    return {"schema": 1, "rows": rows, "summary": summary, "stages": stages, "paired": paired}
+
+
+_VERSUS = [
+    ("scratch", "finetune"), ("random", "linear"), ("random", "knn"),
+    ("patches", "linear"), ("patches", "knn"), ("pixels", "linear"), ("pixels", "knn"),
+]  # fmt: skip
+
+
+def _primary(first: str, present: Iterable[str], table: ev.Table) -> tuple[Any, ...] | None:
+    """The one comparison that is named before the test labels are read."""
+    middle = table.counts[len(table.counts) // 2]
+    if "finetune" in table.protocols and "scratch" in present:
+        return first, "scratch", "finetune", middle
+    if "linear" in table.protocols and "random" in present:
+        return first, "random", "linear", middle
+    return None
