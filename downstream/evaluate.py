@@ -104,6 +104,11 @@ class Table:
         """How many labelled images a fit sees, all classes together."""
         return len(self.pool) if count == "all" else count * len(self.classes)
 
+    def presets(self, count: Count, scratch: bool) -> tuple[ft.Preset, ...]:
+        """How a fit with this many labels per class is fine-tuned."""
+        smallest = int(np.bincount(self.pool.y).min()) if count == "all" else count
+        return ft.presets_for(smallest, scratch, self.top_layers, self.labels(count))
+
     def fingerprint(self) -> str:
         parts = [*self.pool.hashes, "|", *self.test.hashes, *map(str, self.pool.y), *map(str, self.test.y)]
         return hashlib.sha256("\n".join([*parts, str(self.image_size)]).encode()).hexdigest()
@@ -231,7 +236,7 @@ class ArmFiller:
         if self.arm.kind != "scratch":
             key += [self.table.unlabelled_id]
         if protocol == "finetune":
-            key += [self.table.top_layers, [repr(p) for p in self._presets(count)]]
+            key += [self.table.top_layers, [repr(p) for p in self.table.presets(count, self.arm.kind == "scratch")]]
         cell = self.store.get(key)
         wanted = keep is not None and stored_key(keep) != self.store.digest(key)
         if cell is None or wanted:
@@ -241,15 +246,11 @@ class ArmFiller:
             self.store.put(key, cell)
         return cell
 
-    def _presets(self, count: Count) -> tuple[ft.Preset, ...]:
-        smallest = int(np.bincount(self.table.pool.y).min()) if count == "all" else count
-        return ft.presets_for(smallest, self.arm.kind == "scratch", self.table.top_layers, self.table.labels(count))
-
     def _fit(
         self, protocol: str, count: Count, draw: int, rows: np.ndarray, stage: str | None, on_step: Any,
         keep: Path | None, key: str,
     ) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
-        y = self.table.pool.y[rows]
+        y, scratch = self.table.pool.y[rows], self.arm.kind == "scratch"
         if protocol != "finetune":
             f = self.featurised
             fit = fit_probe if protocol == "linear" else fit_knn
@@ -262,8 +263,9 @@ class ArmFiller:
             return fit_head(f.features.one[last][f.row_of[rows[local]]], y[local], f.stats[last, "1x1"])
 
         tuned = ft.finetune(
-            self.network, Rows(self.table.pool.pixels, rows), y, len(self.table.classes), self._presets(count),
-            head=None if self.arm.kind == "scratch" else head, seed=draw, device=self.table.device, on_step=on_step,
+            self.network, Rows(self.table.pool.pixels, rows), y, len(self.table.classes),
+            self.table.presets(count, scratch), head=None if scratch else head, seed=draw, device=self.table.device,
+            on_step=on_step,
         )  # fmt: skip
         if keep is not None:
             save_classifier(tuned.model, self.table.classes, keep, key)

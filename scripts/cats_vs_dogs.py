@@ -107,14 +107,14 @@ def rotation_accuracy(run: Path, out: Path) -> None:
     print(found)
 
 
-def publish(path: Path) -> None:
-    """Copy a results.json into results/ and draw its figure there; both named after its folder."""
+def publish(path: Path, name: str | None) -> None:
+    """Copy a results.json into results/ and draw its figure there; both are called ``name``, else like its folder."""
     # Where the runs lay on the machine that made them is nobody's business.
     results = json.loads(path.read_text().replace(f"{path.resolve().parents[1]}/", "runs/cvd/"))
-    name = f"results/cats_vs_dogs_{path.parent.name}"
+    base = f"results/cats_vs_dogs_{name or path.parent.name}"
     Path("results").mkdir(exist_ok=True)
-    Path(f"{name}.svg").write_text(accuracy_svg(results), "utf-8")
-    Path(f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    Path(f"{base}.svg").write_text(accuracy_svg(results), "utf-8")
+    Path(f"{base}.json").write_text(json.dumps(results, indent=1) + "\n")
     print(format_table(results))
     print(answer(results))
 
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("path", type=Path, nargs="?")
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/cats-vs-dogs"))
+    parser.add_argument("--name", help="publish: what results/cats_vs_dogs_NAME is called")
     args = parser.parse_args()
     if args.step == "split":
         if args.photos is None:
@@ -135,7 +136,7 @@ def main() -> None:
     elif args.step == "rotation":
         rotation_accuracy(args.path, args.out)
     else:
-        publish(args.path)
+        publish(args.path, args.name)
 
 
 if __name__ == "__main__":

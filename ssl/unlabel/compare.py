@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ from unlabel.checkpoint import write_atomic
 from unlabel.config import CompareConfig, EvaluateConfig, FewLabels, PretrainConfig, plain
 from unlabel.distributed import pick_device
 from unlabel.errors import UserError
+from unlabel.plan import check_settings
 from unlabel.pretrain import pretrain
 from unlabel.runfolder import RunFolder, hardware, versions
 from unlabel.sources import open_source
@@ -125,7 +127,7 @@ def _seed(about: Mapping[str, Any]) -> int:
     return int(about.get("settings", {}).get("seed", 0))
 
 
-def _pretrain_config(config: CompareConfig, name: str, seed: int, out: Path, image_size: int) -> PretrainConfig:
+def _pretrain_config(config: CompareConfig, name: str, seed: int, out: Path, image_size: int | None) -> PretrainConfig:
     tasks = tuple(name.split("+"))
     return PretrainConfig(
         tasks=tasks, data=config.data, out=out, backbone=config.backbone, image_size=image_size,
@@ -139,12 +141,9 @@ def _check_before_spending(config: CompareConfig) -> None:
     """Mistakes that would otherwise show after an hour of pretraining."""
     if config.seeds < 1 or config.draws < 1:
         raise UserError("--seeds and --draws must be at least 1")
-    if config.image_size is not None and not 16 <= config.image_size <= 1024:
-        raise UserError(f"--image-size must lie between 16 and 1024, not {config.image_size}")
     for name in config.tasks:
-        parts = name.split("+")
-        if len(parts) > 1 and any(load_task(part).phases > 1 for part in parts):
-            raise UserError(f"{name}: a task in several phases cannot be summed with other tasks")
+        one = _pretrain_config(config, name, config.seed, config.out, config.image_size)
+        check_settings(one, {task: load_task(task) for task in one.tasks}, (1.0,) * len(one.tasks))
 
 
 def _with_controls(arms: list[ev.Arm], config: FewLabels) -> list[ev.Arm]:
@@ -230,9 +229,7 @@ def _print_cost(table: ev.Table, arms: Sequence[ev.Arm]) -> None:
         if "finetune" not in arm.protocols(table.protocols):
             continue
         for count, _ in table.plan():
-            per_class = int(np.bincount(table.pool.y).min()) if count == "all" else count
-            n = table.labels(count)
-            presets = ft.presets_for(per_class, arm.kind == "scratch", table.top_layers, n)
+            n, presets = table.labels(count), table.presets(count, arm.kind == "scratch")
             runs = [*presets, presets[-1]] if len(presets) > 1 else presets
             passes += len(arm.seeds) * sum(p.steps * min(p.batch_size, n) for p in runs)
     if not passes:
@@ -285,8 +282,6 @@ def _provenance(out: Path, tasks: Sequence[ev.Arm], split: Split, settings: dict
 
 
 def _relative(folder: Path, out: Path) -> str:
-    import os
-
     return Path(os.path.relpath(folder, out)).as_posix()
 
 
