@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
+import pickle
 import random
 import signal
 import struct
@@ -139,14 +141,11 @@ def test_damaged_checkpoints(digits_folder: Path, tmp_path: Path, monkeypatch, c
 
 
 def test_a_hostile_checkpoint_runs_no_code(tmp_path: Path):
-    import hashlib
-    import pickle
-
     class Payload:
         def __reduce__(self):
             return (os.system, (f"touch {tmp_path / 'owned'}",))
 
-    payload = pickle.dumps(Payload())
+    payload = pickle.dumps(Payload(), protocol=2)  # what torch.load is used to
     path = tmp_path / "step-000000001.pt"
     path.write_bytes(checkpoint._MAGIC + hashlib.sha256(payload).digest() + payload)
     with pytest.raises(UserError, match="none of the 1 checkpoints"):
