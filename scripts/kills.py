@@ -1,10 +1,10 @@
 """Six SIGKILLs at random moments, then the same command: the backbone must be the undisturbed run's, byte for byte.
 
-    python scripts/kills.py                                  about ten minutes on two cores
+    python scripts/kills.py                                  about a quarter of an hour on two cores
     python scripts/kills.py --data FOLDER --seed 1           other images, other moments
 
 For each task and for all of them summed. The first kills may fall into the start, before there is anything to
-continue; `at` lists the steps that the runs went on from. Prints a line per run and writes results/kills.json.
+continue; `continued_from` lists the steps that the runs went on from. Prints a line per run and writes results/kills.json.
 """
 
 from __future__ import annotations
@@ -25,15 +25,21 @@ from unlabel.checkpoint import file_sha256
 from unlabel.runfolder import hardware
 
 KILLS = 6
-FLAGS = "--image-size 32 --epochs 2 --checkpoint-every 5 --device cpu".split()
+FLAGS = "--image-size 32 --batch-size 32 --epochs 3 --checkpoint-every 3 --device cpu".split()
 
 
 def command(tasks: list[str], data: str, out: Path) -> list[str]:
     return [sys.executable, "-m", "unlabel", "pretrain", *tasks, "--data", data, *FLAGS, "--out", str(out)]
 
 
+def timed(run: list[str]) -> float:
+    begun = time.monotonic()
+    subprocess.run(run, check=True, capture_output=True)
+    return time.monotonic() - begun
+
+
 def disturbed(run: list[str], seconds: float, moments: random.Random) -> tuple[int, list[int]]:
-    """Kill ``run`` six times, each within a third of ``seconds``, which it takes undisturbed; then let it end.
+    """Kill ``run`` six times, each within ``seconds`` of its start, then let it end.
 
     Returns how many kills found it alive, and the steps that it continued from.
     """
@@ -42,7 +48,7 @@ def disturbed(run: list[str], seconds: float, moments: random.Random) -> tuple[i
         process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if not last:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(moments.uniform(0, seconds / 3))
+                process.wait(moments.uniform(0, seconds))
             killed += process.poll() is None
             process.kill()
         out, _ = process.communicate()
@@ -58,21 +64,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rows, moments = [], random.Random(args.seed)
+    out = Path("results/kills.json")
+    out.parent.mkdir(exist_ok=True)
     for tasks in [*([name] for name in TASKS), list(TASKS)]:
         with tempfile.TemporaryDirectory() as folder:
             whole, died = Path(folder) / "whole", Path(folder) / "died"
-            begun = time.monotonic()
-            subprocess.run(command(tasks, args.data, whole), check=True, capture_output=True)
-            seconds = time.monotonic() - begun
-            killed, at = disturbed(command(tasks, args.data, died), seconds, moments)
+            training = timed(command(tasks, args.data, whole))
+            start = timed(command(tasks, args.data, whole))  # finished: it starts, verifies, ends
+            killed, at = disturbed(command(tasks, args.data, died), start + (training - start) / 3, moments)
             a, b = (file_sha256(run / "backbone.safetensors") for run in (whole, died))
         rows.append({"tasks": tasks, "kills": killed, "continued_from": at, "equal": a == b, "sha256": a})
+        content = {"data": Path(args.data).name, "seed": args.seed, "hardware": hardware(), "rows": rows}
+        out.write_text(json.dumps(content, indent=1) + "\n")
         verdict = "equal" if a == b else "DIFFERENT"
         print(f"{'+'.join(tasks):<32} {killed} kills, continued from steps {at}: {verdict}", flush=True)
-    out = Path("results/kills.json")
-    out.parent.mkdir(exist_ok=True)
-    content = {"data": Path(args.data).name, "seed": args.seed, "hardware": hardware(), "rows": rows}
-    out.write_text(json.dumps(content, indent=1) + "\n")
     sys.exit(0 if all(row["equal"] for row in rows) else 1)
 
 
