@@ -4,7 +4,8 @@
     python scripts/kills.py --data FOLDER --seed 1           other images, other moments
 
 For each task and for all of them summed. The first kills may fall into the start, before there is anything to
-continue; `continued_from` lists the steps that the runs went on from. Prints a line per run and writes results/kills.json.
+continue; `continued_from` lists the steps that the runs went on from. Prints a line per run and writes
+results/kills.json.
 """
 
 from __future__ import annotations
