@@ -20,7 +20,7 @@ def summarise(
     rows: list[dict[str, Any]],
     predictions: ev.Predictions,
 ) -> dict[str, Any]:
-    """The only place that reads the test labels: predictions to accuracies, intervals, differences."""
+    """The content of results.json, but for its provenance. ``rows`` gain their accuracies."""
     clusters_ = table.test.clusters
     correct = {key: p == table.test.y for key, p in predictions.items()}  # (seeds, draws, T)
     seed_at = {arm.name: {seed: k for k, seed in enumerate(arm.seeds)} for arm in arms}

@@ -5,7 +5,7 @@ photos per class, the rest is the pool. Pretraining sees unlabelled + pool + dev
 
     python scripts/cats_vs_dogs.py split --photos FOLDER        (labelled.tar.gz with cat/ and dog/, unlabelled.tar.gz)
     python scripts/cats_vs_dogs.py rotation RUN                 rotation accuracy of a run on the test photos
-    python scripts/cats_vs_dogs.py publish RESULTS.json         into results/, with its figure
+    python scripts/cats_vs_dogs.py publish RESULTS.json         into results/, with its figure (--name: its name)
 
 Between the first and the others, the ordinary commands (README.md has the lines that were run and what came out).
 """
