@@ -26,7 +26,7 @@ from downstream.knn import fit_knn
 from downstream.label_draws import LabelDraws
 from downstream.probe import fit_head, fit_probe
 from unlabel.augment import clean
-from unlabel.backbone import Backbone, build_backbone, load_backbone
+from unlabel.backbone import Backbone, build_backbone, load_backbone, stem_for
 from unlabel.batchnorm import estimate_statistics
 from unlabel.cache import Rows
 from unlabel.checkpoint import file_sha256, write_atomic
@@ -159,7 +159,8 @@ def identity(arm: Arm, k: int, table: Table) -> list[Any]:
     if arm.kind == "backbone":
         return ["backbone", file_sha256(arm.runs[k] / "backbone.safetensors")]
     if arm.kind in ("random", "scratch"):
-        return [arm.kind, *table.backbone, arm.seeds[k]]
+        name, stem = table.backbone
+        return [arm.kind, name, stem_for(name, table.image_size, stem), arm.seeds[k]]
     return [arm.kind]
 
 

@@ -3,8 +3,9 @@
     python scripts/kills.py                                  about a quarter of an hour on two cores
     python scripts/kills.py --data FOLDER --seed 1           other images, other moments
 
-For each task and for all of them summed. The first kills may fall into the start, before there is anything to
-continue; `continued_from` lists the steps that the runs went on from. Prints a line per run and writes
+For each task and for all of them summed. Each kill comes between the end of the start (imports, images) and a
+seventh of the training later, so that all six find the run alive; one that comes before the first checkpoint starts
+from nothing again. `continued_from` lists the steps that the runs went on from. Prints a line per run and writes
 results/kills.json.
 """
 
@@ -39,8 +40,8 @@ def timed(run: list[str]) -> float:
     return time.monotonic() - begun
 
 
-def disturbed(run: list[str], seconds: float, moments: random.Random) -> tuple[int, list[int]]:
-    """Kill ``run`` six times, each within ``seconds`` of its start, then let it end.
+def disturbed(run: list[str], window: tuple[float, float], moments: random.Random) -> tuple[int, list[int]]:
+    """Kill ``run`` six times, each within ``window`` (seconds after it was started), then let it end.
 
     Returns how many kills found it alive, and the steps that it continued from.
     """
@@ -49,7 +50,7 @@ def disturbed(run: list[str], seconds: float, moments: random.Random) -> tuple[i
         process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if not last:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(moments.uniform(0, seconds))
+                process.wait(moments.uniform(*window))
             killed += process.poll() is None
             process.kill()
         out, _ = process.communicate()
@@ -70,9 +71,10 @@ def main() -> None:
     for tasks in [*([name] for name in TASKS), list(TASKS)]:
         with tempfile.TemporaryDirectory() as folder:
             whole, died = Path(folder) / "whole", Path(folder) / "died"
-            training = timed(command(tasks, args.data, whole))
+            training = timed(command(tasks, args.data, whole))  # all of it, with the start
             start = timed(command(tasks, args.data, whole))  # finished: it starts, verifies, ends
-            killed, at = disturbed(command(tasks, args.data, died), start + (training - start) / 3, moments)
+            window = start, start + (training - start) / (KILLS + 1)
+            killed, at = disturbed(command(tasks, args.data, died), window, moments)
             a, b = (file_sha256(run / "backbone.safetensors") for run in (whole, died))
         rows.append({"tasks": tasks, "kills": killed, "continued_from": at, "equal": a == b, "sha256": a})
         content = {"data": Path(args.data).name, "seed": args.seed, "hardware": hardware(), "rows": rows}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +264,54 @@ def test_a_stored_cell_is_used_only_for_the_same_labels(compared: Path, digits_f
     cells = set((tmp_path / "a" / "cells").iterdir())
     ev.fill(dataclasses.replace(wider, unlabelled_id="others"), [arm], None)
     assert len(set((tmp_path / "a" / "cells").iterdir()) - cells) == 4
+
+
+def test_controls_share_cells_whatever_the_stem_was_called(digits_folder: Path, tmp_path: Path):
+    """`evaluate` takes the stem from the run, where it has its real name; `compare` from the flag, where it is auto."""
+    table, _ = table_of(digits_folder, tmp_path, tmp_path / "a")
+    scratch = ev.Arm("scratch", "scratch")
+
+    def named(stem: str) -> list[object]:
+        return ev.identity(scratch, 0, dataclasses.replace(table, backbone=("small", stem)))
+
+    assert named("auto") == named("small") != named("timm")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--denoising.level", "-1"], "level"),
+        (["--denoising.alpha", "-1"], "alpha"),
+        (["--rotation.blocks", "1"], "not among the tasks"),
+        (["--epochs", "0"], "epochs"),
+        (["--epochs", "1", "--minutes", "1"], "not both"),
+    ],
+)
+def test_compare_refuses_wrong_settings_before_it_spends(
+    flags: list[str], message: str, digits_folder: Path, tmp_path: Path, capsys
+):
+    """The third task's mistake must not come to light when the first two are trained."""
+    out = tmp_path / "out"
+    command = ["compare", "--data", str(digits_folder), "--train", str(digits_folder), "--out", str(out)]
+    command += ["--image-size", "16", "--labels-per-class", "1", "--draws", "1"]
+    command += [] if "--epochs" in flags else ["--epochs", "0.3"]
+    assert main([*command, "--tasks", "inpainting", "denoising", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(out.glob("runs/*/metrics.jsonl"))
+
+
+def test_publish_copies_table_and_figure_without_the_machines_paths(compared: Path, tmp_path: Path):
+    script = Path(__file__).resolve().parents[1] / "scripts" / "cats_vs_dogs.py"
+    command = [sys.executable, str(script), "publish", str(compared / "results.json"), "--name", "a-name"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "results").iterdir()) == [
+        f"cats_vs_dogs_a-name.{s}" for s in ("json", "svg")
+    ]
+    text = (tmp_path / "results" / "cats_vs_dogs_a-name.json").read_text()
+    assert json.loads(text)["rows"] == json.loads((compared / "results.json").read_text())["rows"]
+    assert str(compared.parent) not in text
+    assert "rotation" in done.stdout
 
 
 def test_labels_file_beside_a_test_source(digits_folder: Path, tmp_path: Path):

@@ -18,7 +18,7 @@ from unlabel.checkpoint import write_atomic
 from unlabel.config import BACKBONES, plain
 from unlabel.errors import UserError
 
-__all__ = ["Backbone", "Features", "build_backbone", "channels_last", "load_backbone", "save_backbone"]
+__all__ = ["Backbone", "Features", "build_backbone", "channels_last", "load_backbone", "save_backbone", "stem_for"]
 
 SMALL_IMAGE = 48  # px; below it `--stem auto` takes the small-image stem
 CHANGED_PREFIX = "unlabel_stem."  # marks weights that plain timm would put into a different stem
@@ -162,12 +162,19 @@ def channels_last(module: M) -> M:
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def stem_for(name: str, image_size: int, stem: str) -> str:
+    """What ``auto`` means for this network at this size; any other stem is itself."""
+    if stem != "auto":
+        return stem
+    own = BACKBONES.get(name)
+    return "small" if image_size < SMALL_IMAGE else (own.stem if own else "timm")
+
+
 def build_backbone(name: str, image_size: int, stem: str = "auto", seed: int = 0) -> Backbone:
     """A freshly initialised backbone. ``name`` is ``small`` (the default network for CPUs) or any timm ConvNet."""
     own = BACKBONES.get(name)
     timm_name, kwargs = (own.timm_name, dict(own.kwargs)) if own else (name, {})
-    if stem == "auto":
-        stem = "small" if image_size < SMALL_IMAGE else (own.stem if own else "timm")
+    stem = stem_for(name, image_size, stem)
     try:
         cfg = timm.get_pretrained_cfg(timm_name)
     except RuntimeError as error:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from unlabel import distributed, optim
 from unlabel.augment import clean, random_view
-from unlabel.cache import ImageCache
+from unlabel.cache import ImageCache, Rows
 from unlabel.config import PretrainConfig
 from unlabel.draws import Draws, mix
 from unlabel.order import batch_at
 from unlabel.plan import Plan
+from unlabel.streaming import Streamed
 
 __all__ = ["Batches"]
 
@@ -43,7 +44,10 @@ class Batches:
         mine = slice(rank * share, (rank + 1) * share)
         draws = Draws(self.seed, epochs[mine].tolist(), indices[mine].tolist(), device=self.device)
         size = optim.size_at(step / plan.steps, plan.image_size, plan.progressive)
-        images = random_view(self._images(indices[mine]), size, draws, plan.crop)
+        pixels = self._images(indices[mine])
+        if isinstance(self.cache.images, Rows | Streamed) and step + 1 < plan.steps:
+            self.cache.images.prefetch(batch_at(self.seed, step + 1, plan.batch_size, len(self.cache.names))[1][mine])
+        images = random_view(pixels, size, draws, plan.crop)
         return Batch(images, draws, progress)
 
     def fixed(self, n: int = 8) -> Any:

@@ -4,9 +4,12 @@ A cache is a folder, `<fingerprint>-<side>-v<format>-<content sample>/`, of two 
 (N, R, R, 3), and `index.json`, whose first line is the SHA-256 of the rest. It is made under another name and
 renamed when it is complete: what carries the name is whole, however many processes made it at once and
 whenever one was killed. A finished cache is never written to again.
+
+Where the pixels would not fit on the disk, only the index is kept (`…-index/`), and images are decoded anew each time.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -29,11 +32,14 @@ from PIL import Image
 from unlabel.decode import BrokenImage, decode, perceptual_hashes
 from unlabel.errors import UserError
 from unlabel.sources import Source, cache_root
+from unlabel.streaming import Streamed
 
 __all__ = ["ImageCache", "Rows", "TooManyBroken", "cache_side", "load_cache", "printable", "write_skipped"]
 
 _FORMAT = 1
 _BLOCK = 1024  # rows copied at a time
+_INDEX_BYTES = 512  # of the index, per image
+_IN_MEMORY = 1 << 30  # bytes of pixels that are rather held in memory than decoded again and again
 
 
 class TooManyBroken(UserError):
@@ -47,7 +53,7 @@ class TooManyBroken(UserError):
 class Rows:
     """Chosen rows of an array (N, R, R, 3): indexed like an array, and copies only what is asked for."""
 
-    def __init__(self, base: "np.ndarray | Rows", rows: np.ndarray) -> None:
+    def __init__(self, base: "np.ndarray | Rows | Streamed", rows: np.ndarray) -> None:
         if isinstance(base, Rows):
             base, rows = base.base, base.rows[rows]
         self.base, self.rows = base, rows
@@ -59,6 +65,11 @@ class Rows:
     def __getitem__(self, key) -> np.ndarray:
         return self.base[self.rows[key]]
 
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Begin to decode what is asked for next, where images are not packed."""
+        if isinstance(self.base, Streamed):
+            self.base.prefetch(self.rows[rows])
+
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self.base[self.rows], dtype)
 
@@ -67,13 +78,13 @@ class Rows:
 class ImageCache:
     """The images of a source that could be decoded, in the order of the source. All fields have N rows.
 
-    Attributes: `images` (N, R, R, 3) uint8, a read-only memory map, or `Rows` of one; `names`; `labels`, None
-    without; `hashes`, SHA-256 of the full-size RGB pixels and their shape; `phashes` (N, 2) uint64, perceptual
-    hash of the image and of its mirror image; `shapes` (N, 2) int32, width and height in pixels; `skipped`,
-    (name, reason) of what is missing; `fingerprint` of the source; `side` R in pixels.
+    Attributes: `images` (N, R, R, 3) uint8, a read-only memory map, `Streamed`, or `Rows` of one of them; `names`;
+    `labels`, None without; `hashes`, SHA-256 of the full-size RGB pixels and their shape; `phashes` (N, 2) uint64,
+    perceptual hash of the image and of its mirror image; `shapes` (N, 2) int32, width and height in pixels;
+    `skipped`, (name, reason) of what is missing; `fingerprint` of the source; `side` R in pixels.
     """
 
-    images: np.ndarray | Rows
+    images: np.ndarray | Rows | Streamed
     names: list[str]
     labels: list[str] | None
     hashes: list[str]
@@ -126,8 +137,9 @@ def load_cache(
     """The packed images of `source`: read from the cache, or decoded now and kept there.
 
     Each image is cropped to its central square and resized to `cache_side(image_size)` with antialiasing. `write`
-    false keeps a new cache in memory only. Raises TooManyBroken, after looking at every image, if more than the
-    fraction `max_skipped` cannot be read, and UserError if the cache folder cannot be written.
+    false keeps a new cache in memory only. One that would not fit on the disk is streamed, with a word on it.
+    Raises TooManyBroken, after looking at every image, if more than the fraction `max_skipped` cannot be read, and
+    UserError if the cache folder cannot be written.
     """
     side = cache_side(image_size)
     key = f"{source.fingerprint[:24]}-{side}-v{_FORMAT}-{source.content_sample()[:8]}"
@@ -135,7 +147,7 @@ def load_cache(
     try:
         found = _open(folder, side)
         if found is None:
-            found = _pack(source, side, folder if write else None, workers or _cpus(), progress)
+            found = _make(source, side, folder if write else None, workers or _cpus(), progress)
     except OSError as error:
         raise UserError(
             f"cannot write the image cache in {cache_root()} ({error.strerror or error}); "
@@ -225,16 +237,30 @@ def _pack_one(load: Callable[[], bytes], side: int) -> _Packed | str:
     return _Packed(small.tobytes(), digest.hexdigest(), perceptual_hashes(image, square), (width, height))
 
 
-def _open(folder: Path, side: int) -> tuple[_Index, np.ndarray] | None:
-    """A finished cache, None if there is none. One that is damaged is moved out of the way."""
+def _read_index(folder: Path) -> _Index | None:
+    """None if there is none, or it is damaged."""
     try:
         checksum, _, body = (folder / "index.json").read_bytes().partition(b"\n")
     except OSError:
-        checksum, body = b"", b""
-    data = folder / "images.u8"
-    if hashlib.sha256(body).hexdigest().encode() == checksum:
-        index = _Index(**json.loads(body))
-        index = index._replace(skipped=[(name, reason) for name, reason in index.skipped])
+        return None
+    if hashlib.sha256(body).hexdigest().encode() != checksum:
+        return None
+    index = _Index(**json.loads(body))
+    return index._replace(skipped=[(name, reason) for name, reason in index.skipped])
+
+
+def _write_index(folder: Path, index: _Index) -> None:
+    body = json.dumps(index._asdict()).encode()
+    with open(folder / "index.json", "wb") as file:
+        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _open(folder: Path, side: int) -> tuple[_Index, np.ndarray] | None:
+    """A finished cache, None if there is none. One that is damaged is moved out of the way."""
+    index, data = _read_index(folder), folder / "images.u8"
+    if index is not None:
         shape = (len(index.rows), side, side, 3)
         if data.is_file() and data.stat().st_size == int(np.prod(shape)):
             images = np.memmap(data, np.uint8, "r", shape=shape) if index.rows else np.zeros(shape, np.uint8)
@@ -251,6 +277,69 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _make(
+    source: Source, side: int, folder: Path | None, workers: int, progress: bool
+) -> tuple[_Index, np.ndarray | Streamed]:
+    """Packed on disk, or without where there is too little room."""
+    why = _lack_of_room(source, side, folder.parent) if folder is not None else ""
+    if folder is None or not why:
+        try:
+            return _pack(source, side, folder, workers, progress)
+        except OSError as error:
+            if folder is None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            why = f"does not fit in {folder.parent} ({error.strerror})"  # a quota, or somebody else was faster
+    return _without_room(source, side, folder, workers, progress, why)
+
+
+def _lack_of_room(source: Source, side: int, folder: Path) -> str:
+    """Why the packed images would not fit on the disk of `folder`; empty if they do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("tmp-*"):  # of a process that was killed; a live one writes all the time
+        with contextlib.suppress(OSError):
+            if time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > 24 * 3600:
+                shutil.rmtree(left, ignore_errors=True)
+    need, free = len(source) * (side * side * 3 + _INDEX_BYTES), shutil.disk_usage(folder).free
+    return f"needs {need / 1e9:.1f} GB and {folder} has {free / 1e9:.1f}" if need > free else ""
+
+
+def _without_room(
+    source: Source, side: int, folder: Path, workers: int, progress: bool, why: str
+) -> tuple[_Index, np.ndarray | Streamed]:
+    """In memory where that is small; else the index alone is kept, in a folder of its own, and images are streamed."""
+    if len(source) * side * side * 3 <= _IN_MEMORY:
+        return _pack(source, side, None, workers, progress)
+    advice = "make room there, set UNLABEL_CACHE to another folder, or use a smaller --image-size"
+    if any(entry.packed for entry in source.entries):
+        raise UserError(f"the image cache of {source.spec} {why}, and a compressed archive has no other way: {advice}")
+    if progress:
+        print(f"the image cache of {source.spec} {why}: images are decoded anew each time, which is slower; {advice}")
+    kept = folder.with_name(f"{folder.name}-index")
+    index = _read_index(kept)
+    if index is None:
+        _remove(kept)
+        index = _decode_into(None, source, side, workers, progress)
+        temporary = folder.with_name(f"tmp-{uuid.uuid4().hex}")
+        with contextlib.suppress(OSError):  # another process was faster, or not even this much room is left
+            temporary.mkdir()
+            _write_index(temporary, index)
+            temporary.rename(kept)
+        shutil.rmtree(temporary, ignore_errors=True)
+    rows, hashes = index.rows, index.hashes
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata that do not matter here
+
+    def make(k: int) -> bytes | str:
+        packed = _pack_one(source.entries[rows[k]].load, side)
+        if isinstance(packed, str):
+            return packed
+        if packed.hash != hashes[k]:  # what was found out about near-duplicates no longer holds
+            _remove(kept)
+            return "its content has changed; the same command looks at all images again"
+        return packed.pixels
+
+    return index, Streamed([source.names[i] for i in rows], side, make, workers)
+
+
 def _pack(source: Source, side: int, folder: Path | None, workers: int, progress: bool) -> tuple[_Index, np.ndarray]:
     """Decode all of `source` into `folder`, into memory if that is None."""
     if folder is None:
@@ -261,17 +350,6 @@ def _pack(source: Source, side: int, folder: Path | None, workers: int, progress
         images.flags.writeable = False
         return index, images
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob("tmp-*"):  # of a process that was killed; a live one writes all the time
-        with contextlib.suppress(OSError):
-            if time.time() - max(p.stat().st_mtime for p in (left, *left.iterdir())) > 24 * 3600:
-                shutil.rmtree(left, ignore_errors=True)
-    need, free = len(source) * side * side * 3, shutil.disk_usage(folder.parent).free
-    if need > free:
-        raise UserError(
-            f"the image cache of {source.spec} needs {need / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f}; "
-            "make room there, set UNLABEL_CACHE to another folder, or use a smaller --image-size"
-        )
     temporary = folder.with_name(f"tmp-{uuid.uuid4().hex}")
     temporary.mkdir()
     try:
@@ -285,11 +363,7 @@ def _pack(source: Source, side: int, folder: Path | None, workers: int, progress
                 del rows
             file.truncate(len(index.rows) * side * side * 3)
             os.fsync(file.fileno())
-        body = json.dumps(index._asdict()).encode()
-        with open(temporary / "index.json", "wb") as file:
-            file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_index(temporary, index)
         with contextlib.suppress(OSError):  # another process was faster: its cache is as good
             temporary.rename(folder)
     finally:
@@ -300,7 +374,7 @@ def _pack(source: Source, side: int, folder: Path | None, workers: int, progress
     return found
 
 
-def _decode_into(file: IO[bytes], source: Source, side: int, workers: int, progress: bool) -> _Index:
+def _decode_into(file: IO[bytes] | None, source: Source, side: int, workers: int, progress: bool) -> _Index:
     """Decode in threads (Pillow releases the interpreter lock); image i of the source goes to row i of `file`."""
     from tqdm import tqdm
 
@@ -315,8 +389,9 @@ def _decode_into(file: IO[bytes], source: Source, side: int, workers: int, progr
         if isinstance(result, str):
             skipped.append((source.names[i], result))
         else:
-            file.seek(i * step)
-            file.write(result.pixels)
+            if file is not None:
+                file.seek(i * step)
+                file.write(result.pixels)
             packed[i] = result._replace(pixels=b"")
         bar.update()
 

@@ -80,9 +80,10 @@ def evaluate(config: EvaluateConfig) -> Path:
 
 def compare(config: CompareConfig) -> Path:
     """`unlabel compare`: pretrain × tasks, evaluate, report. Finished runs and cells are not done again."""
-    _check_before_spending(config)
+    _check_settings(config)
     source = open_source(config.data)
     image_size = config.image_size or min(224, max(32, source.median_short_side()))
+    _check_tasks(config, image_size)
     pretraining = load_cache(source, image_size, max_skipped=config.max_skipped)
     seeds = tuple(range(config.seed, config.seed + config.seeds))
     tasks = [
@@ -137,13 +138,21 @@ def _pretrain_config(config: CompareConfig, name: str, seed: int, out: Path, ima
     )  # fmt: skip
 
 
-def _check_before_spending(config: CompareConfig) -> None:
+def _check_settings(config: CompareConfig) -> None:
     """Mistakes that would otherwise show after an hour of pretraining."""
     if config.seeds < 1 or config.draws < 1:
         raise UserError("--seeds and --draws must be at least 1")
     for name in config.tasks:
         one = _pretrain_config(config, name, config.seed, config.out, config.image_size)
         check_settings(one, {task: load_task(task) for task in one.tasks}, (1.0,) * len(one.tasks))
+
+
+def _check_tasks(config: CompareConfig, image_size: int) -> None:
+    """Build each task once: only that checks its own settings, against this backbone and this size."""
+    backbone = build_backbone(config.backbone, image_size)
+    for name in config.tasks:
+        task = load_task(name)
+        task(backbone, task.Config(**config.task_settings.get(name, {})))
 
 
 def _with_controls(arms: list[ev.Arm], config: FewLabels) -> list[ev.Arm]:
