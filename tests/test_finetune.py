@@ -34,11 +34,19 @@ def test_protocol_table():
 
 
 def test_steps_grow_with_the_labels():
-    few, many = (ft.presets_for(250, False, labels=n) for n in (500, 32_000))
-    assert few == ft.presets_for(250, False)
-    assert all(p.steps * p.batch_size >= 8 * 32_000 for p in many)
-    scratch = ft.presets_for(250, True, labels=32_000)
-    assert min(p.steps for p in scratch) >= max(p.steps for p in many)
+    """Passes over the labels while there are few of them; then a bounded number of steps; then passes again."""
+
+    def steps(scratch: bool, labels: int) -> set[int]:
+        return {p.steps for p in ft.presets_for(250, scratch, labels=labels)}
+
+    assert ft.presets_for(50, False, labels=100) == ft.presets_for(50, False)
+    assert steps(False, 500) == {407}
+    assert steps(True, 500) == {1000}
+    assert steps(False, 1_500) == {500}
+    assert steps(False, 32_000) == {8 * 1000}
+    assert steps(True, 32_000) == {16 * 1000}
+    for labels in (1, 20, 100, 500, 1_000, 3_000, 10_000, 60_000):
+        assert min(steps(True, labels)) >= max(steps(False, labels))
 
 
 def test_blocks_are_the_stages_from_the_top():
