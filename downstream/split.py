@@ -26,6 +26,8 @@ class Split:
     unlabelled: ImageCache  # a sample of the pretraining images (else of the pool), no test image among them
     pretraining_leaks: frozenset[str]  # content hashes of pretraining images that are near-duplicates of test images
     seen: int | None  # test images of which a near-duplicate is among the pretraining images; None: not known
+    seen_by: dict[str, int]  # the same for each of ``others``
+    skipped: list[tuple[str, str]]  # (name, reason) of labelled images that could not be read
     about: dict[str, Any]
     warnings: list[str]
 
@@ -76,8 +78,8 @@ def split_data(
         leaks = frozenset(h for h, leak in zip(pretraining.hashes, leaking, strict=True) if leak)
         seen = int(np.isin(test_ids, ids[id(pretraining)]).sum())
         usable = pretraining.subset(~leaking) if not leaking.all() else pool_cache
-    for name, cache in others.items():
-        n = int(np.isin(test_ids, ids[id(cache)]).sum())
+    seen_by = {name: int(np.isin(test_ids, ids[id(cache)]).sum()) for name, cache in others.items()}
+    for name, n in seen_by.items():
         if n:
             warnings.append(f"{n} test images have a near-duplicate among those that {name} was pretrained on")
     about = {
@@ -86,10 +88,14 @@ def split_data(
             "spec": test_spec or f"20 % of {config.train} by content hash",
             "images": len(test_cache),
             "clusters": len(np.unique(test_ids)),
+            "skipped": 0 if held is None else len(held.skipped),
         },
     }
+    skipped = [*train.skipped, *(held.skipped if held is not None else ())]
+    if skipped:
+        warnings.append(f"{len(skipped)} labelled images cannot be read and were left out: see skipped.txt")
     pool, test = images(pool_cache, train_ids[pool_rows]), images(test_cache, test_ids)
-    return Split(pool, test, classes, _spread(usable), leaks, seen, about, warnings)
+    return Split(pool, test, classes, _spread(usable), leaks, seen, seen_by, skipped, about, warnings)
 
 
 def _labelled(config: FewLabels, image_size: int) -> tuple[ImageCache, ImageCache | None, str | None]:

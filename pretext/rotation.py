@@ -2,7 +2,7 @@
 
 All four exact quarter turns of each image are in one batch, and the network says which is which. The head has
 a residual block of its own that is thrown away: the last layers of a pretext network specialise in the pretext
-task, and this way they are not the backbone's (without it the third stage transfers better than the fourth).
+task, and this way they are less the backbone's. How far that goes differs from run to run: the probe chooses a stage.
 """
 
 from __future__ import annotations

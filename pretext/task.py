@@ -32,7 +32,7 @@ class Recipe:
     batch_size: int = 64  # images per step, over all processes
     schedule: Literal["cosine", "step"] = "cosine"
     crop: tuple[float, float] = (0.5, 1.0)  # area of the random crop
-    progressive: bool = False  # train small first: see unlabel.pretrain.size_at
+    progressive: bool = False  # train small first: see unlabel.optim.size_at
 
 
 class PretextTask(nn.Module):

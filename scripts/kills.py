@@ -2,6 +2,7 @@
 
     python scripts/kills.py                                  about a quarter of an hour on two cores
     python scripts/kills.py --data FOLDER --seed 1           other images, other moments
+    python scripts/kills.py --only rotation+denoising        one row again, or one more
 
 For each task and for all of them summed. Each kill comes between the end of the start (imports, images) and a
 seventh of the training later, so that all six find the run alive; one that comes before the first checkpoint starts
@@ -64,11 +65,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", metavar="TASK+TASK")
     args = parser.parse_args()
     rows, moments = [], random.Random(args.seed)
     out = Path("results/kills.json")
     out.parent.mkdir(exist_ok=True)
-    for tasks in [*([name] for name in TASKS), list(TASKS)]:
+    wanted = [*([name] for name in TASKS), list(TASKS)]
+    if args.only:
+        wanted = [args.only.split("+")]
+        rows = [row for row in json.loads(out.read_text())["rows"] if row["tasks"] not in wanted]
+    for tasks in wanted:
         with tempfile.TemporaryDirectory() as folder:
             whole, died = Path(folder) / "whole", Path(folder) / "died"
             training = timed(command(tasks, args.data, whole))  # all of it, with the start

@@ -4,14 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from unlabel.backbone import build_backbone, load_backbone, save_backbone
+from unlabel.augment import clean
+from unlabel.backbone import Backbone, build_backbone, load_backbone, save_backbone
 from unlabel.batchnorm import estimate_statistics
+from unlabel.cache import load_cache
+from unlabel.config import PretrainConfig
 from unlabel.errors import UserError
+from unlabel.pretrain import pretrain
+from unlabel.sources import open_source
 
 FAMILIES = ["resnet18", "resnetv2_50", "convnext_atto", "regnety_002", "efficientnet_b0", "mobilenetv3_small_050"]
 
@@ -96,10 +102,22 @@ def test_batchnorm_statistics_match_what_clean_images_give():
     backbone = build_backbone("small", 32)
     images = torch.rand(512, 1, 1, 1) + 0.3 * torch.rand(512, 3, 32, 32)
     backbone.train()(torch.rot90(images, 1, (2, 3)) * 3)  # statistics of something else
-    layers = estimate_statistics(backbone, images.split(256))
+    assert estimate_statistics(backbone, images.split(256)) == 12
+    assert_statistics_fit(backbone, images)
+
+
+@pytest.mark.parametrize("task", ["rotation", "denoising"])
+def test_the_statistics_of_an_exported_backbone_are_those_of_clean_images(task, digits_folder: Path, tmp_path: Path):
+    """Not those of the turned or noisy views that it was trained on."""
+    run = pretrain(PretrainConfig(tasks=(task,), data=(str(digits_folder),), out=tmp_path, image_size=16, epochs=1))
+    cache = load_cache(open_source(str(digits_folder)), 16)
+    assert_statistics_fit(load_backbone(run), clean(torch.from_numpy(np.array(cache.images[:])), 16))
+
+
+def assert_statistics_fit(backbone: Backbone, images: torch.Tensor) -> None:
     seen: dict[str, list[torch.Tensor]] = {}
     norms = {n: m for n, m in backbone.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
-    assert layers == len(norms) == 12
+    assert len(norms) == 12
     for name, module in norms.items():
         seen[name] = []
         module.register_forward_pre_hook(keep(seen[name]))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from downstream import evaluate as ev
 from downstream import finetune as ft
 from downstream.split import split_data
 from unlabel.cache import load_cache
+from unlabel.checkpoint import file_sha256
 from unlabel.cli import main
 from unlabel.compare import label_counts
 from unlabel.config import EvaluateConfig
@@ -86,7 +89,13 @@ def test_results_follow_the_schema(compared: Path):
         ("rotation", "scratch", "finetune", 5)
     ]
     assert results["provenance"]["overlap"] == {"test_in_pretraining": 0}
-    assert results["provenance"]["left_out_of_pretraining"] > 0  # the data is its own training source
+    left_out = results["provenance"]["left_out_of_pretraining"]
+    splits = json.loads((compared / "splits.json").read_text())
+    tested = set(splits["test"]["hashes"])
+    assert left_out == len(tested) > 0  # the data is its own training source
+    run = compared / "runs" / "rotation-seed0"
+    assert set((run / "excluded.txt").read_text().split()) == tested
+    assert json.loads((run / "config.json").read_text())["data"]["images"] == 320 - left_out
     assert json.loads((compared / "runs/denoising-seed0/config.json").read_text())["settings"]["task_settings"] == {
         "denoising": {"noise": "masking"}
     }
@@ -192,6 +201,66 @@ def test_permuted_training_labels_give_chance(compared: Path, digits_folder: Pat
     assert abs(accuracies[1] - 0.25) < 0.12  # four classes, 64 test images, 2 draws, 2 protocols
 
 
+def test_permuted_training_labels_give_chance_when_fine_tuned(compared: Path, digits_folder: Path, tmp_path: Path):
+    rng, accuracies = np.random.default_rng(1), []
+    for k, shuffle in enumerate((lambda y: y, rng.permutation)):
+        table, arm = table_of(digits_folder, compared / "runs" / "rotation-seed0", tmp_path / str(k), y_pool=shuffle)
+        table = dataclasses.replace(table, protocols=("finetune",), counts=(25,))
+        _, predictions = ev.fill(table, [arm, ev.Arm("scratch", "scratch")], None)
+        accuracies.append([np.mean(p == table.test.y) for p in predictions.values()])
+    assert accuracies[0][0] > 0.8
+    assert np.abs(np.array(accuracies[1]) - 0.25).max() < 0.15  # four classes, 64 test images, 2 draws
+
+
+def test_evaluate_reports_overlap_and_broken_labelled_images(digits_folder: Path, tmp_path: Path, capsys):
+    """A run that has seen every image: the table says so, on the screen and in the file."""
+    data = tmp_path / "data"
+    shutil.copytree(digits_folder, data)
+    (data / "0" / "broken.png").write_bytes(b"no image")
+    run = tmp_path / "run"
+    assert (
+        main(["pretrain", "rotation", "--data", str(data), "--image-size", "16", "--epochs", "0.1", "--out", str(run)])
+        == 0
+    )
+    command = ["evaluate", str(run), "--train", str(data), "--protocol", "knn", "--labels-per-class", "5"]
+    assert main([*command, "--draws", "1", "--no-controls"]) == 0
+    printed = capsys.readouterr().out
+    out = run / "evaluation"
+    results = json.loads((out / "results.json").read_text())
+    n = len(json.loads((out / "splits.json").read_text())["test"]["hashes"])
+    assert results["provenance"]["overlap"] == {"test_in_pretraining": n}
+    assert f"{n} test images have a near-duplicate" in printed
+    assert "1 labelled images cannot be read" in printed
+    assert (out / "skipped.txt").read_text().startswith("0/broken.png\t")
+    assert re.search(r"cost: features of [\d,]+ images, about [\d.]+ minutes, then 1 fits", printed)
+    assert "No test image was among" not in (out / "report.html").read_text()
+
+
+def test_three_seeds_are_the_unit_of_the_interval(digits_folder: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    command = [
+        "compare",
+        "--data",
+        str(digits_folder),
+        "--train",
+        str(digits_folder),
+        "--out",
+        str(out),
+        "--seeds",
+        "3",
+    ]
+    command += ["--tasks", "rotation+denoising", "--image-size", "16", "--epochs", "0.1", "--draws", "2"]
+    assert main([*command, "--labels-per-class", "5", "--protocol", "knn"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    lines = {line["arm"]: line for line in results["summary"]}
+    assert set(lines) == {"rotation+denoising", "random", "pixels", "patches"}
+    task = lines["rotation+denoising"]
+    assert (task["unit"], task["n_seeds"], task["n_draws"]) == ("seed", 3, 2)
+    hashes = {file_sha256(out / "runs" / f"rotation+denoising-seed{k}" / "backbone.safetensors") for k in range(3)}
+    assert len(hashes) == 3
+    assert len([r for r in results["rows"] if r["arm"] == "rotation+denoising"]) == 6
+
+
 def test_given_test_set_loses_its_duplicates_from_the_pool(digits_folder: Path, tmp_path: Path):
     cache = load_cache(open_source(str(digits_folder)), 32)
     for k in range(0, 320, 8):
@@ -282,6 +351,8 @@ def test_controls_share_cells_whatever_the_stem_was_called(digits_folder: Path, 
     [
         (["--denoising.level", "-1"], "level"),
         (["--denoising.alpha", "-1"], "alpha"),
+        (["--tasks", "inpainting", "inpainting+denoising", "--denoising.level", "-1"], "level"),
+        (["--top-layers", "0"], "top-layers"),
         (["--rotation.blocks", "1"], "not among the tasks"),
         (["--epochs", "0"], "epochs"),
         (["--epochs", "1", "--minutes", "1"], "not both"),
@@ -295,7 +366,8 @@ def test_compare_refuses_wrong_settings_before_it_spends(
     command = ["compare", "--data", str(digits_folder), "--train", str(digits_folder), "--out", str(out)]
     command += ["--image-size", "16", "--labels-per-class", "1", "--draws", "1"]
     command += [] if "--epochs" in flags else ["--epochs", "0.3"]
-    assert main([*command, "--tasks", "inpainting", "denoising", *flags]) == 2
+    command += [] if "--tasks" in flags else ["--tasks", "inpainting", "denoising"]
+    assert main([*command, *flags]) == 2
     assert message in capsys.readouterr().err
     assert not list(out.glob("runs/*/metrics.jsonl"))
 

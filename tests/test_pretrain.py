@@ -199,7 +199,8 @@ class Greedy(Denoising):
             p.requires_grad_(("layer3" in name or "layer4" in name) == (phase == 1))
 
     def predict(self, noisy):
-        out = super().predict(noisy)
+        # Dropout draws from torch's global generator: the loop has to seed it anew at every step.
+        out = torch.nn.functional.dropout(super().predict(noisy), 0.1, self.training)
         return self.grown(out) if hasattr(self, "grown") else out
 
 

@@ -24,14 +24,14 @@ from downstream.summary import summarise
 from pretext import load_task
 from unlabel import report
 from unlabel.backbone import build_backbone, channels_last, load_backbone
-from unlabel.cache import ImageCache, load_cache
+from unlabel.cache import ImageCache, load_cache, write_skipped
 from unlabel.checkpoint import write_atomic
 from unlabel.config import CompareConfig, EvaluateConfig, FewLabels, PretrainConfig, plain
 from unlabel.distributed import pick_device
 from unlabel.errors import UserError
-from unlabel.plan import check_settings
+from unlabel.plan import EPOCHS, check_settings
 from unlabel.pretrain import pretrain
-from unlabel.runfolder import RunFolder, hardware, versions
+from unlabel.runfolder import RunFolder, commit, hardware, versions
 from unlabel.sources import open_source
 from unlabel.start import with_excluded
 
@@ -69,6 +69,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     split = split_data(config, spec.image_size, pretraining)
     if note:
         split.warnings.append(note)
+    if split.seen:
+        split.warnings.append(f"{split.seen} test images have a near-duplicate among those that it was pretrained on")
     arm = ev.Arm(_arm_name(config.run, about), "backbone", (_seed(about),), (config.run,))
     stem = spec.stem if spec.stem in ("small", "timm") else "auto"
     backbone = (about.get("settings", {}).get("backbone", spec.name), stem)
@@ -95,9 +97,8 @@ def compare(config: CompareConfig) -> Path:
     split = split_data(config, image_size, pretraining, others)
     split.warnings.extend(notes)
     table = _table(config, split, (config.backbone, "auto"), image_size, config.out)
-    if config.minutes is not None:
-        n = len(tasks) * len(seeds)
-        print(f"cost: pretraining {n} × {config.minutes:g} minutes, as far as it is not done")
+    each = f"{config.minutes:g} minutes" if config.minutes is not None else f"{config.epochs or EPOCHS:g} passes"
+    print(f"cost: pretraining {len(tasks) * len(seeds)} × {each}, as far as it is not done")
     _print_cost(table, arms)
     for arm in tasks:
         for seed, folder in zip(seeds, arm.runs, strict=True):
@@ -150,7 +151,7 @@ def _check_settings(config: CompareConfig) -> None:
 def _check_tasks(config: CompareConfig, image_size: int) -> None:
     """Build each task once: only that checks its own settings, against this backbone and this size."""
     backbone = build_backbone(config.backbone, image_size)
-    for name in config.tasks:
+    for name in dict.fromkeys(task for arm in config.tasks for task in arm.split("+")):
         task = load_task(name)
         task(backbone, task.Config(**config.task_settings.get(name, {})))
 
@@ -196,6 +197,8 @@ def _arm_name(run: Path, about: dict[str, Any]) -> str:
 
 
 def _table(config: FewLabels, split: Split, backbone: tuple[str, str], image_size: int, out: Path) -> ev.Table:
+    if config.top_layers is not None and config.top_layers < 1:
+        raise UserError(f"--top-layers {config.top_layers}: train at least one stage")
     counts = label_counts(config, split.pool.y)
     numbers = [c for c in counts if c != "all"]
     if config.draws < 10 and numbers:
@@ -222,6 +225,9 @@ def _fill_and_report(
 ) -> Path:
     """``arms``: the tasks (and runs) first, ``n_tasks`` of them, then the controls."""
     out, tasks = table.out, arms[:n_tasks]
+    if split.skipped:
+        out.mkdir(parents=True, exist_ok=True)
+        write_skipped(out / "skipped.txt", split.skipped)
     rows, predictions = ev.fill(table, arms, tasks[0].name)
     results = summarise(table, tasks, arms, rows, predictions)
     results["provenance"] = _provenance(out, tasks, split, settings)
@@ -232,30 +238,51 @@ def _fill_and_report(
 
 
 def _print_cost(table: ev.Table, arms: Sequence[ev.Arm]) -> None:
-    """Fine-tuning is what takes the time: count its image passes, and measure the speed of one step."""
-    passes = 0
+    """Image passes for features and for fine-tuning, at a speed that is measured here; fits of probes, counted."""
+    known = f"; what is already in {table.out / 'cells'} is not done again" if (table.out / "cells").exists() else ""
+    plan, networks, fits, passes = list(table.plan()), 0, 0, 0
     for arm in arms:
-        if "finetune" not in arm.protocols(table.protocols):
+        protocols = arm.protocols(table.protocols)
+        fits += len(arm.seeds) * len(plan) * sum(p != "finetune" for p in protocols)
+        networks += len(arm.seeds) * (arm.kind in ("backbone", "random"))
+        if "finetune" not in protocols:
             continue
-        for count, _ in table.plan():
+        for count, _ in plan:
             n, presets = table.labels(count), table.presets(count, arm.kind == "scratch")
             runs = [*presets, presets[-1]] if len(presets) > 1 else presets
             passes += len(arm.seeds) * sum(p.steps * min(p.batch_size, n) for p in runs)
-    if not passes:
-        return
+    there, back = _seconds_per_image(table)
+    drawn = len(np.unique(np.concatenate([table.draws.indices(d, c) for c, d in plan])))
+    images = networks * (drawn + len(table.test) + ev.STATISTICS_IMAGES)
+    print(f"cost: features of {images:,} images, about {images * there / 60:.1f} minutes, then {fits:,} fits{known}")
+    if passes:
+        print(f"cost: fine-tuning passes {passes:,} images, about {passes * back / 60:.1f} minutes{known}")
+
+
+def _seconds_per_image(table: ev.Table) -> tuple[float, float]:
+    """Of a forward pass, and of a training step."""
     model = ft.Classifier(build_backbone(table.backbone[0], table.image_size, table.backbone[1]), 2)
     model = channels_last(model.to(table.device))
     x = torch.rand(32, 3, table.image_size, table.image_size, device=table.device)
-    times = []
-    for _ in range(4):
-        begun = time.perf_counter()
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model(x)
+
+    def both() -> None:
         model(x).sum().backward()
-        if table.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    minutes = passes / 32 * float(np.median(times[1:])) / 60
-    known = f"; what is already in {table.out / 'cells'} is not done again" if (table.out / "cells").exists() else ""
-    print(f"cost: fine-tuning passes {passes:,} images, about {minutes:.1f} minutes{known}")
+
+    seconds = []
+    for work in (forward, both):
+        times = []
+        for _ in range(4):
+            begun = time.perf_counter()
+            work()
+            if table.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begun)
+        seconds.append(float(np.median(times[1:])) / len(x))
+    return seconds[0], seconds[1]
 
 
 def _provenance(out: Path, tasks: Sequence[ev.Arm], split: Split, settings: dict[str, Any]) -> dict[str, Any]:
@@ -274,13 +301,17 @@ def _provenance(out: Path, tasks: Sequence[ev.Arm], split: Split, settings: dict
                 "images_per_second": round(done["images_seen"] / seconds, 1) if seconds else None,
             })  # fmt: skip
             data.setdefault("pretrain", about.get("data", {}))
-    seen = split.seen if "data" not in settings else 0  # compare leaves them out
+    seen = split.seen
+    if "data" in settings:  # compare leaves them out of its own runs; not out of those that it was given
+        found = [split.seen_by.get(Path(folder).resolve().name) for folder in settings["also"]]
+        seen = None if None in found else max([0, *(n for n in found if n is not None)])
     return {
         "runs": runs,
         "images_seen_in_pretraining": {a: [r["images_seen"] for r in rs] for a, rs in runs.items()},
         "minutes": {a: [r["minutes"] for r in rs] for a, rs in runs.items()},
         "hardware": hardware(),
         "versions": versions(),
+        "commit": commit(),
         "data": data,
         "settings": settings,
         "overlap": {"test_in_pretraining": seen},

@@ -22,8 +22,9 @@ from unlabel.precision import autocast, pick_precision
 if TYPE_CHECKING:
     from unlabel.batches import Batches
 
-__all__ = ["Plan", "check_settings", "freeze_unused", "make_plan", "measure"]
+__all__ = ["EPOCHS", "Plan", "check_settings", "freeze_unused", "make_plan", "measure"]
 
+EPOCHS = 20.0  # where neither --epochs nor --minutes is given
 MEASURE_SECONDS = 5.0
 
 
@@ -93,7 +94,7 @@ def make_plan(
         raise UserError(f"batch size {plan.batch_size} is not a multiple of the {world} processes: set --batch-size")
     if about is not None:
         return plan
-    epochs = config.epochs if config.epochs is not None else 20.0
+    epochs = config.epochs if config.epochs is not None else EPOCHS
     steps = steps_for(epochs, n, plan.batch_size)
     per_step = measure(model, plan, batch_of, 12 if config.minutes is not None else 4)
     if config.minutes is not None:

@@ -44,7 +44,8 @@ def hardware() -> dict[str, Any]:
     return {"cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu, "memory_gb": memory}
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """Of the checkout that this code runs from."""
     here = Path(__file__).resolve().parent
     try:
         out = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
@@ -106,7 +107,7 @@ class RunFolder:
             "data": data,
             "versions": versions(),
             "hardware": hardware(),
-            "commit": _commit(),
+            "commit": commit(),
         }
         self.write()
 

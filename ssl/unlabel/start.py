@@ -12,7 +12,7 @@ import numpy as np
 
 from unlabel import checkpoint, distributed
 from unlabel.backbone import Backbone, load_weights
-from unlabel.cache import ImageCache, load_cache
+from unlabel.cache import ImageCache, TooManyBroken, load_cache, write_skipped
 from unlabel.config import PretrainConfig
 from unlabel.errors import UserError
 from unlabel.runfolder import RunFolder
@@ -68,7 +68,11 @@ def load_images(source: Any, image_size: int, config: PretrainConfig, exclude: f
     """Rank 0 packs; the others wait and map the same file."""
     options: dict[str, Any] = {"max_skipped": config.max_skipped, "workers": config.workers}
     if distributed.is_main():
-        cache = load_cache(source, image_size, **options)
+        try:
+            cache = load_cache(source, image_size, **options)
+        except TooManyBroken as error:
+            write_skipped(config.out / "skipped.txt", error.skipped)
+            raise
         distributed.barrier()
     else:
         distributed.barrier()

@@ -1,0 +1,80 @@
+"""The schedule as a pure function, parameter groups, clipping: against closed forms."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from unlabel.config import PretrainConfig
+from unlabel.optim import make_optimizers, rate_at, set_rates, size_at, sizes
+from unlabel.pretrain import pretrain
+
+
+def test_the_rate_warms_up_and_falls():
+    assert rate_at(0.0, 0.1, "cosine") == pytest.approx(0.04)
+    assert rate_at(0.05, 0.1, "cosine") == pytest.approx(0.52)
+    assert rate_at(0.1, 0.1, "cosine") == pytest.approx(1.0)
+    for progress in (0.2, 0.5, 0.9, 1.0):
+        expected = 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
+        assert rate_at(progress, 0.1, "cosine") == pytest.approx(expected)
+    # Gidaris et al. 2018: the rate drops by five at 30, 60 and 80 % of the way.
+    drops = [rate_at(progress, 0.0, "step") for progress in (0.0, 0.29, 0.31, 0.59, 0.61, 0.79, 0.81)]
+    assert drops == pytest.approx([1, 1, 0.2, 0.2, 0.04, 0.04, 0.008])
+
+
+def test_sizes_rise_to_the_full_one():
+    seen = [size_at(progress / 100, 64, True) for progress in range(101)]
+    assert (seen[0], seen[60], seen[-1]) == (40, 48, 64)
+    assert seen == sorted(seen)
+    assert {size_at(progress / 100, 64, False) for progress in range(101)} == {64}
+    assert size_at(0.0, 32, True) == 32
+    assert sum(share for share, _ in sizes(64, True)) == pytest.approx(1)
+    assert [size for _, size in sizes(64, True)] == sorted(set(seen))
+
+
+def test_groups_keep_their_own_rate_and_vectors_do_not_decay():
+    backbone, head = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 2)
+    groups = [{"params": list(head.parameters()), "lr_scale": 0.1}]
+    (optimizer,) = make_optimizers(backbone, groups, "adamw", 2e-3, 0.05)
+    set_rates([optimizer], 0.5)
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert found[id(backbone.weight)] == pytest.approx((1e-3, 0.05))
+    assert found[id(head.weight)] == pytest.approx((1e-4, 0.05))
+    for layer in (backbone, head):
+        assert layer.bias is not None
+        assert found[id(layer.bias)][1] == 0
+
+
+def test_the_logged_rate_is_the_schedules_and_clipping_changes_the_run(digits_folder: Path, tmp_path: Path):
+    runs = {}
+    cases: list[tuple[str, float, Literal["cosine", "step"]]]
+    cases = [("plain", 0.0, "cosine"), ("clipped", 1e-3, "cosine"), ("steps", 0.0, "step")]
+    for name, clip, schedule in cases:
+        config = PretrainConfig(
+            tasks=("rotation",), data=(str(digits_folder),), out=tmp_path / name, image_size=16, epochs=1,
+            optimizer="sgd", lr=0.05, clip=clip, schedule=schedule, log_every=1,
+        )  # fmt: skip
+        pretrain(config)
+        runs[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    total = len(runs["plain"])
+    for name, schedule in (("plain", "cosine"), ("steps", "step")):
+        expected = [0.05 * rate_at(k / total, 0.1, schedule) for k in range(total)]
+        assert [line["lr"] for line in runs[name]] == pytest.approx(expected, rel=1e-6)
+    # Gradients of almost no length: the network stays where it began, at chance.
+    assert abs(runs["clipped"][-1]["loss"] - runs["clipped"][0]["loss"]) < 0.2
+    assert runs["plain"][-1]["loss"] != runs["clipped"][-1]["loss"]
+
+
+def test_bf16_in_the_loop(digits_folder: Path, tmp_path: Path):
+    config = PretrainConfig(
+        tasks=("inpainting",), data=(str(digits_folder),), out=tmp_path, image_size=16, epochs=0.2, precision="bf16"
+    )
+    run = pretrain(config)
+    assert json.loads((run / "config.json").read_text())["resolved"]["precision"] == "bf16"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(line["loss"]) for line in lines)
