@@ -73,7 +73,10 @@ def main() -> None:
     wanted = [*([name] for name in TASKS), list(TASKS)]
     if args.only:
         wanted = [args.only.split("+")]
-        rows = [row for row in json.loads(out.read_text())["rows"] if row["tasks"] not in wanted]
+        before = json.loads(out.read_text())
+        if (before["data"], before["seed"]) != (Path(args.data).name, args.seed):
+            parser.error(f"{out} holds rows of --data {before['data']} --seed {before['seed']}")
+        rows = [row for row in before["rows"] if row["tasks"] not in wanted]
     for tasks in wanted:
         with tempfile.TemporaryDirectory() as folder:
             whole, died = Path(folder) / "whole", Path(folder) / "died"

@@ -29,7 +29,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A cache folder of its own with no room for pixels."""
     monkeypatch.setenv("UNLABEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 1000, 1000))
-    monkeypatch.setattr("unlabel.cache._IN_MEMORY", 0)
+    monkeypatch.setattr("unlabel.packing._IN_MEMORY", 0)
 
 
 def streamed(folder: Path) -> ImageCache:
@@ -64,7 +64,7 @@ def test_training_gives_the_same_bytes(digits_folder: Path, tmp_path: Path, monk
         monkeypatch.setenv("UNLABEL_CACHE", str(tmp_path / f"cache-{name}"))
         if name == "streamed":
             monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 1000, 1000))
-            monkeypatch.setattr("unlabel.cache._IN_MEMORY", 0)
+            monkeypatch.setattr("unlabel.packing._IN_MEMORY", 0)
         out = tmp_path / name
         assert main(["pretrain", "rotation", "--data", str(digits_folder), "--image-size", "16", "--epochs", "0.5",
                      "--out", str(out)]) == 0  # fmt: skip
@@ -75,7 +75,7 @@ def test_training_gives_the_same_bytes(digits_folder: Path, tmp_path: Path, monk
 
 def test_the_index_is_kept(digits_folder: Path, full_disk, monkeypatch: pytest.MonkeyPatch):
     first = streamed(digits_folder)
-    monkeypatch.setattr("unlabel.cache._decode_into", None)  # looking at every image again would call it
+    monkeypatch.setattr("unlabel.packing._decode_into", None)  # looking at every image again would call it
     assert streamed(digits_folder).hashes == first.hashes
 
 
@@ -93,7 +93,7 @@ def test_an_image_that_vanishes_or_changes_is_named(digits_folder: Path, full_di
 
 
 def test_small_caches_are_held_in_memory(digits_folder: Path, full_disk, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("unlabel.cache._IN_MEMORY", 1 << 30)
+    monkeypatch.setattr("unlabel.packing._IN_MEMORY", 1 << 30)
     cache = load_cache(open_source(str(digits_folder)), 16, progress=False)
     assert isinstance(cache.images, np.ndarray)
     assert not list((tmp_path / "cache").rglob("images.u8"))
