@@ -77,7 +77,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     arms = _with_controls([arm], config)
     table = _table(config, split, backbone, spec.image_size, out)
     _print_cost(table, arms)
-    return _fill_and_report(table, split, arms, 1, plain(config))
+    overlap = {"overlap": {"test_in_pretraining": split.seen}, "left_out_of_pretraining": 0}
+    return _fill_and_report(table, split, arms, 1, {"settings": plain(config), **overlap})
 
 
 def compare(config: CompareConfig) -> Path:
@@ -104,7 +105,11 @@ def compare(config: CompareConfig) -> Path:
         for seed, folder in zip(seeds, arm.runs, strict=True):
             print(f"\n== {arm.name}, seed {seed}")
             pretrain(_pretrain_config(config, arm.name, seed, folder, image_size), exclude=split.pretraining_leaks)
-    return _fill_and_report(table, split, arms, len(tasks) + len(also), plain(config))
+    # Own runs see no test image; those that were given may have.
+    found = [split.seen_by.get(arm.name) for arm in also]
+    seen = None if None in found else max([0, *(n for n in found if n is not None)])
+    overlap = {"overlap": {"test_in_pretraining": seen}, "left_out_of_pretraining": len(split.pretraining_leaks)}
+    return _fill_and_report(table, split, arms, len(tasks) + len(also), {"settings": plain(config), **overlap})
 
 
 def _finished_runs(
@@ -221,16 +226,15 @@ def _table(config: FewLabels, split: Split, backbone: tuple[str, str], image_siz
 
 
 def _fill_and_report(
-    table: ev.Table, split: Split, arms: Sequence[ev.Arm], n_tasks: int, settings: dict[str, Any]
+    table: ev.Table, split: Split, arms: Sequence[ev.Arm], n_tasks: int, origin: dict[str, Any]
 ) -> Path:
-    """``arms``: the tasks (and runs) first, ``n_tasks`` of them, then the controls."""
+    """``arms``: the tasks (and runs) first, ``n_tasks`` of them, then the controls. ``origin``: for the provenance."""
     out, tasks = table.out, arms[:n_tasks]
     if split.skipped:
-        out.mkdir(parents=True, exist_ok=True)
         write_skipped(out / "skipped.txt", split.skipped)
     rows, predictions = ev.fill(table, arms, tasks[0].name)
     results = summarise(table, tasks, arms, rows, predictions)
-    results["provenance"] = _provenance(out, tasks, split, settings)
+    results["provenance"] = _provenance(out, tasks, split) | origin
     _write(out, table, results, predictions)
     page = report.write_report(out)
     print(f"\n{report.format_table(results)}\n\n{report.answer(results)}\n\nopen {page}")
@@ -285,7 +289,7 @@ def _seconds_per_image(table: ev.Table) -> tuple[float, float]:
     return seconds[0], seconds[1]
 
 
-def _provenance(out: Path, tasks: Sequence[ev.Arm], split: Split, settings: dict[str, Any]) -> dict[str, Any]:
+def _provenance(out: Path, tasks: Sequence[ev.Arm], split: Split) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Any]]] = {}
     data = dict(split.about)
     for arm in tasks:
@@ -301,10 +305,6 @@ def _provenance(out: Path, tasks: Sequence[ev.Arm], split: Split, settings: dict
                 "images_per_second": round(done["images_seen"] / seconds, 1) if seconds else None,
             })  # fmt: skip
             data.setdefault("pretrain", about.get("data", {}))
-    seen = split.seen
-    if "data" in settings:  # compare leaves them out of its own runs; not out of those that it was given
-        found = [split.seen_by.get(Path(folder).resolve().name) for folder in settings["also"]]
-        seen = None if None in found else max([0, *(n for n in found if n is not None)])
     return {
         "runs": runs,
         "images_seen_in_pretraining": {a: [r["images_seen"] for r in rs] for a, rs in runs.items()},
@@ -313,9 +313,6 @@ def _provenance(out: Path, tasks: Sequence[ev.Arm], split: Split, settings: dict
         "versions": versions(),
         "commit": commit(),
         "data": data,
-        "settings": settings,
-        "overlap": {"test_in_pretraining": seen},
-        "left_out_of_pretraining": len(split.pretraining_leaks) if "data" in settings else 0,
         "warnings": split.warnings,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
