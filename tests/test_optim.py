@@ -56,7 +56,7 @@ def test_the_logged_rate_is_the_schedules_and_clipping_changes_the_run(digits_fo
     cases = [("plain", 0.0, "cosine"), ("clipped", 1e-3, "cosine"), ("steps", 0.0, "step")]
     for name, clip, schedule in cases:
         config = PretrainConfig(
-            tasks=("rotation",), data=(str(digits_folder),), out=tmp_path / name, image_size=16, epochs=1,
+            tasks=("rotation",), data=(str(digits_folder),), out=tmp_path / name, image_size=16, epochs=0.5,
             optimizer="sgd", lr=0.05, clip=clip, schedule=schedule, log_every=1,
         )  # fmt: skip
         pretrain(config)
@@ -72,7 +72,7 @@ def test_the_logged_rate_is_the_schedules_and_clipping_changes_the_run(digits_fo
 
 def test_bf16_in_the_loop(digits_folder: Path, tmp_path: Path):
     config = PretrainConfig(
-        tasks=("inpainting",), data=(str(digits_folder),), out=tmp_path, image_size=16, epochs=0.2, precision="bf16"
+        tasks=("inpainting",), data=(str(digits_folder),), out=tmp_path, image_size=16, epochs=0.1, precision="bf16"
     )
     run = pretrain(config)
     assert json.loads((run / "config.json").read_text())["resolved"]["precision"] == "bf16"
