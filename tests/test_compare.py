@@ -234,6 +234,13 @@ def test_evaluate_reports_overlap_and_broken_labelled_images(digits_folder: Path
     assert (out / "skipped.txt").read_text().startswith("0/broken.png\t")
     assert re.search(r"cost: features of [\d,]+ images, about [\d.]+ minutes, then 1 fits", printed)
     assert "No test image was among" not in (out / "report.html").read_text()
+    # The same for a run that `compare` is given, beside one of its own that sees no test image.
+    command = ["compare", "--data", str(data), "--train", str(data), "--image-size", "16", "--tasks", "denoising"]
+    command += ["--epochs", "0.1", "--also", str(run), "--protocol", "knn", "--labels-per-class", "5", "--draws", "1"]
+    assert main([*command, "--no-controls", "--out", str(tmp_path / "compare")]) == 0
+    provenance = json.loads((tmp_path / "compare" / "results.json").read_text())["provenance"]
+    assert provenance["overlap"] == {"test_in_pretraining": n}
+    assert provenance["left_out_of_pretraining"] == n
 
 
 def test_three_seeds_are_the_unit_of_the_interval(digits_folder: Path, tmp_path: Path):

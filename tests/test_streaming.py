@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tarfile
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,3 +120,25 @@ def test_a_compressed_archive_says_what_to_do(digits_folder: Path, full_disk, tm
         tar.add(digits_folder, "digits")
     with pytest.raises(UserError, match=r"compressed archive.*UNLABEL_CACHE"):
         load_cache(open_source(str(tmp_path / "digits.tar.gz")), 16, progress=False)
+
+
+def test_after_an_error_the_rest_is_not_decoded():
+    """Else the interpreter would work through the whole queue before it ends."""
+    done: list[int] = []
+    failed = threading.Event()
+
+    def make(k: int) -> bytes | str:
+        done.append(k)
+        if k == 0:
+            return "it is gone"
+        failed.wait(10)
+        return b"abc"
+
+    images = Streamed([str(k) for k in range(50)], 1, make, workers=1)
+    with pytest.raises(UserError, match="it is gone"):
+        images[:]
+    images.prefetch(np.arange(20, 30))
+    images.prefetch(np.arange(0))  # what was begun is let go
+    failed.set()
+    images._pool.shutdown()
+    assert done in ([0], [0, 1])
