@@ -58,6 +58,13 @@ def test_blocks_are_the_stages_from_the_top():
     assert sum(len(g) for g in groups) == len(name_of)
 
 
+def test_the_presets_crop_decides_what_is_seen():
+    images, y = two_shades(16)
+    backbone = build_backbone("small", 32).eval()
+    heads = [ft.finetune(backbone, images, y, 2, [ft.Preset("x", 2, 1e-2, crop=c)]).model.head.weight for c in (1, 0.3)]
+    assert not torch.equal(*heads)
+
+
 def test_frozen_below_the_top_and_batchnorm_stays(monkeypatch: pytest.MonkeyPatch):
     images, y = two_shades(16)
     backbone = build_backbone("small", 32).eval()

@@ -350,3 +350,4 @@ def test_one_percent_of_broken_files(digits_folder: Path, tmp_path: Path):
     (data / "one more.jpg").write_bytes(b"hello")
     with pytest.raises(UserError, match="max-skipped"):
         pretrain(settings(data, tmp_path / "strict", "rotation"))
+    assert len((tmp_path / "strict" / "skipped.txt").read_text().splitlines()) == 11
