@@ -193,6 +193,8 @@ class Greedy(Denoising):
     phases = 2
 
     def begin(self, phase: int) -> None:
+        if phase == 0:
+            self.first = torch.nn.Conv2d(3, 3, 1)
         if phase == 1:
             self.grown = torch.nn.Conv2d(3, 3, 1)
         for name, p in self.backbone.model.named_parameters():
@@ -200,7 +202,7 @@ class Greedy(Denoising):
 
     def predict(self, noisy):
         # Dropout draws from torch's global generator: the loop has to seed it anew at every step.
-        out = torch.nn.functional.dropout(super().predict(noisy), 0.1, self.training)
+        out = torch.nn.functional.dropout(self.first(super().predict(noisy)), 0.1, self.training)
         return self.grown(out) if hasattr(self, "grown") else out
 
 
@@ -220,6 +222,15 @@ def test_a_task_that_grows_is_continued_exactly(saves: int, digits_folder: Path,
     start = build_backbone("small", 32, seed=0).model.state_dict()
     for name in ("layer1.0.conv1.weight", "layer4.0.conv1.weight"):
         assert not torch.allclose(a[name], start[name], atol=1e-5)
+
+
+def test_a_run_that_diverges_stops_and_saves_nothing_of_it(digits_folder: Path, tmp_path: Path):
+    """The first step's loss is still finite, its weights are not: they must not become a checkpoint."""
+    more = {"optimizer": "sgd", "lr": 1e20, "weight_decay": 1e30, "clip": 0.0, "warmup": 0.0, "checkpoint_every": 1}
+    with pytest.raises(UserError, match="finite"):
+        pretrain(settings(digits_folder, tmp_path, "rotation", **more))
+    assert not list((tmp_path / "checkpoints").glob("*.pt"))
+    assert not (tmp_path / "backbone.safetensors").exists()
 
 
 def test_out_inside_data_is_refused(digits_folder: Path, tmp_path: Path):
