@@ -1,6 +1,6 @@
 """Six SIGKILLs at random moments, then the same command: the backbone must be the undisturbed run's, byte for byte.
 
-    python scripts/kills.py                                  about a quarter of an hour on two cores
+    python scripts/kills.py                                  about twenty minutes on two cores
     python scripts/kills.py --data FOLDER --seed 1           other images, other moments
     python scripts/kills.py --only rotation+denoising        one row again, or one more
 
