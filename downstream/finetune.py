@@ -79,6 +79,7 @@ class Growth:
         return max(wanted, math.ceil(self.at_least * labels / batch_size))
 
 
+# Tuned where there are three presets; the fixed ones below 25 labels per class grow with many classes only.
 _GROWTH = Growth(passes=26, steps=500, at_least=8)
 _SCRATCH_GROWTH = Growth(passes=64, steps=1000, at_least=16)
 
@@ -95,6 +96,8 @@ def presets_for(per_class: int, scratch: bool, top_layers: int | None = None, la
         if top_layers is not None:
             presets = tuple(replace(p, top_layers=top_layers) for p in presets)
     growth = _SCRATCH_GROWTH if scratch else _GROWTH
+    if per_class < 25:
+        growth = replace(growth, steps=0)
     return tuple(replace(p, steps=max(p.steps, growth.steps_for(labels, p.batch_size))) for p in presets)
 
 

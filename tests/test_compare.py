@@ -180,6 +180,7 @@ def test_permuted_test_labels_change_no_choice(compared: Path, digits_folder: Pa
     found = []
     for k, shuffle in enumerate((None, np.random.default_rng(0).permutation)):
         table, arm = table_of(digits_folder, run, tmp_path / str(k), y_test=shuffle)
+        table = dataclasses.replace(table, n_draws=1)
         rows, predictions = ev.fill(table, [arm], None)
         found.append(([{**r, "seconds": 0} for r in rows], predictions))
     (rows_a, predictions_a), (rows_b, predictions_b) = found

@@ -45,6 +45,7 @@ def test_steps_grow_with_the_labels():
     assert steps(False, 1_500) == {500}
     assert steps(False, 32_000) == {8 * 1000}
     assert steps(True, 32_000) == {16 * 1000}
+    assert {p.steps for scratch in (False, True) for p in ft.presets_for(10, scratch, labels=100)} == {100, 120}
     for labels in (1, 20, 100, 500, 1_000, 3_000, 10_000, 60_000):
         assert min(steps(True, labels)) >= max(steps(False, labels))
 
