@@ -1,13 +1,18 @@
-"""Few-label cats vs dogs, 64 px.
+"""Few-label cats vs dogs, 64 px: the table at the top of README.md, from the photos to the figures.
+
+    python scripts/cats_vs_dogs.py run --photos FOLDER      (labelled.tar.gz with cat/ and dog/, unlabelled.tar.gz)
+
+COST
+
+RESULT
 
 Splits once, by cluster of near-duplicates and by content hash, never by seed: test 2,500 and development 1,500
-photos per class, the rest is the pool. Pretraining sees unlabelled + pool + development, without labels.
+photos per class, the rest is the pool. Pretraining sees unlabelled + pool + development, without labels. Then the
+ordinary commands, each printed before it runs; stopped at any moment, the same line goes on. The steps alone:
 
-    python scripts/cats_vs_dogs.py split --photos FOLDER        (labelled.tar.gz with cat/ and dog/, unlabelled.tar.gz)
-    python scripts/cats_vs_dogs.py rotation RUN                 rotation accuracy of a run on the test photos
-    python scripts/cats_vs_dogs.py publish RESULTS.json         into results/, with its figure (--name: its name)
-
-Between the first and the others, the ordinary commands (README.md has the lines that were run and what came out).
+    python scripts/cats_vs_dogs.py split --photos FOLDER
+    python scripts/cats_vs_dogs.py rotation RUN             rotation accuracy of a run on the test photos
+    python scripts/cats_vs_dogs.py publish RESULTS.json     into results/, with its figure (--name: its name)
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import sys
 import tarfile
 from pathlib import Path
 
@@ -26,12 +33,14 @@ from unlabel import checkpoint
 from unlabel.augment import clean
 from unlabel.backbone import load_backbone
 from unlabel.cache import ImageCache, load_cache
+from unlabel.cli import main as command_line
 from unlabel.duplicates import clusters
 from unlabel.report import accuracy_svg, answer, format_table
 from unlabel.sources import open_source
 
 IMAGE_SIZE = 64
 PER_CLASS = {"test": 2500, "development": 1500}
+TABLES = {"probe": "--protocol linear knn --draws 10", "finetune": "--protocol finetune --draws 3"}
 
 
 def assign(labelled: ImageCache, ids: np.ndarray) -> dict[str, list[int]]:
@@ -119,18 +128,38 @@ def publish(path: Path, name: str | None) -> None:
     print(answer(results))
 
 
+def run(photos: Path, out: Path) -> None:
+    """Everything: split, pretrain, probe, fine-tune, publish."""
+    split(photos, out)
+    parts, hour, table = out / "split", out / "rotation-60min", out / "table"
+    pretrain = ["pretrain", "rotation", "--data", f"{parts}/pretrain", "--image-size", "64", "--minutes", "60"]
+    compare = ["compare", "--data", f"{parts}/pretrain", "--train", f"{parts}/pool", "--test", f"{parts}/test"]
+    compare += ["--image-size", "64", "--minutes", "20", "--also", str(hour), "--labels-per-class", "10", "50", "250"]
+    unlabel([*pretrain, "--out", str(hour)])
+    for name, how in TABLES.items():
+        unlabel([*compare, *how.split(), "--out", str(table)])
+        publish(table / "results.json", name)
+    rotation_accuracy(hour, out)
+
+
+def unlabel(arguments: list[str]) -> None:
+    print("unlabel", shlex.join(arguments), flush=True)
+    if code := command_line(arguments):
+        sys.exit(code)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["split", "rotation", "publish"])
+    parser.add_argument("step", choices=["run", "split", "rotation", "publish"])
     parser.add_argument("path", type=Path, nargs="?")
     parser.add_argument("--photos", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("runs/cats-vs-dogs"))
+    parser.add_argument("--out", type=Path, default=Path("runs/cvd"))
     parser.add_argument("--name", help="publish: what results/cats_vs_dogs_NAME is called")
     args = parser.parse_args()
-    if args.step == "split":
+    if args.step in ("run", "split"):
         if args.photos is None:
-            parser.error("split needs --photos FOLDER")
-        split(args.photos, args.out)
+            parser.error(f"{args.step} needs --photos FOLDER")
+        (run if args.step == "run" else split)(args.photos, args.out)
     elif args.path is None:
         parser.error(f"{args.step} needs a path")
     elif args.step == "rotation":

@@ -17,7 +17,9 @@ import torch
 
 from downstream import evaluate as ev
 from downstream import finetune as ft
+from downstream import probe
 from downstream.split import split_data
+from unlabel import compare
 from unlabel.cache import load_cache
 from unlabel.checkpoint import file_sha256
 from unlabel.cli import main
@@ -29,8 +31,9 @@ from unlabel.sources import open_source
 
 @pytest.fixture(scope="module")
 def short_presets():
-    """The protocol's presets with a few steps each: what is tested here is the plumbing."""
+    """The protocol with a few steps per preset and half of the probe's grid: what is tested here is the plumbing."""
     patch = pytest.MonkeyPatch()
+    patch.setattr(probe, "GRID_C", probe.GRID_C[::2])
     for name in ("_FEW", "_SOME", "_MANY", "_SCRATCH_FEW", "_SCRATCH_MANY"):
         patch.setattr(ft, name, tuple(dataclasses.replace(p, steps=4, batch_size=16) for p in getattr(ft, name)))
     for name in ("_GROWTH", "_SCRATCH_GROWTH"):
@@ -326,6 +329,21 @@ def test_statistics_and_controls_see_no_test_image(digits_folder: Path, tmp_path
         assert not set(split.unlabelled.hashes) & set(split.test.hashes)
         assert len(set(split.unlabelled.labels or ())) == 4  # a sample, not the first class
         assert split.seen == (len(split.test) if pretraining else None)
+
+
+@pytest.mark.parametrize(
+    ("draws", "labels", "notes"),
+    [(10, ("1",), []), (2, ("25",), ["2 draws of labels"]), (10, ("1", "25"), ["too small for draws of 25 labels"])],
+)
+def test_few_draws_and_shared_labels_are_said(draws, labels, notes, digits_folder: Path, tmp_path: Path, capsys):
+    """Some 64 images per class: two draws of 25 share none, ten do."""
+    config = EvaluateConfig(run=tmp_path, train=str(digits_folder), labels_per_class=labels, draws=draws)
+    split = split_data(config, 16, None)
+    compare._table(config, split, ("small", "auto"), 16, tmp_path / "out")
+    assert len(split.warnings) == len(notes)
+    assert all(note in warning for note, warning in zip(notes, split.warnings, strict=True))
+    printed = capsys.readouterr().out
+    assert all(f"note: {warning}\n" in printed for warning in split.warnings)
 
 
 def test_a_stored_cell_is_used_only_for_the_same_labels(compared: Path, digits_folder: Path, tmp_path: Path):

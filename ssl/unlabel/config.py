@@ -115,9 +115,7 @@ class PretrainConfig:
     """Filled from --TASK.setting flags; task name to its Config's fields that differ from the defaults."""
 
     # What may differ when a run is continued; the data is compared by fingerprint, not by how it is spelled.
-    MAY_DIFFER = frozenset(
-        {"data", "out", "device", "compile", "workers", "log_every", "checkpoint_every", "max_skipped"}
-    )
+    MAY_DIFFER = frozenset({"data", "out", "device", "workers", "log_every", "checkpoint_every"})
 
     def fixed(self) -> dict[str, Any]:
         """The settings that a continued run must share, as plain JSON values."""
