@@ -6,6 +6,8 @@ same test images; the test labels are read in one place, after everything has be
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 import time
@@ -21,7 +23,7 @@ from tqdm import tqdm
 from downstream import finetune as ft
 from downstream.classifier import save_classifier, stored_key
 from downstream.controls import Patches, Pixels
-from downstream.features import StageFeatures, extract, feature_stats, joined
+from downstream.features import BlockStats, StageFeatures, block_stats, extract, feature_stats, joined
 from downstream.knn import fit_knn
 from downstream.label_draws import LabelDraws
 from downstream.probe import fit_head, fit_probe
@@ -171,10 +173,15 @@ def network(arm: Arm, k: int, table: Table) -> Backbone:
     name, stem = table.backbone
     backbone = build_backbone(name, table.image_size, stem, seed=mix(arm.seeds[k], "random") >> 33).to(table.device)
     if arm.kind == "random":
-        sample = torch.from_numpy(np.array(table.unlabelled[:STATISTICS_IMAGES]))
-        parts = [p.to(table.device) for p in sample.split(256) if len(p) > 1]
-        estimate_statistics(backbone, (clean(p, table.image_size) for p in parts))
+        clean_statistics(backbone, table, table.image_size)
     return backbone.eval()
+
+
+def clean_statistics(backbone: Backbone, table: Table, size: int) -> None:
+    """BatchNorm's statistics from unlabelled images as they are seen at ``size`` px."""
+    sample = torch.from_numpy(np.array(table.unlabelled[:STATISTICS_IMAGES]))
+    parts = [p.to(table.device) for p in sample.split(256) if len(p) > 1]
+    estimate_statistics(backbone, (clean(p, size) for p in parts))
 
 
 @dataclass
@@ -229,6 +236,24 @@ class ArmFiller:
             self._featurised = featurise(self.arm, self.k, self.table, backbone)
         return self._featurised
 
+    @functools.cached_property
+    def _start(self) -> Backbone:
+        """Where fine-tuning starts: the network with BatchNorm's statistics of images at the size it is tuned at."""
+        start = copy.deepcopy(self.network)
+        size = ft.view_size(start.spec.image_size)
+        if self.arm.kind != "scratch" and size != start.spec.image_size:
+            clean_statistics(start, self.table, size)
+        return start
+
+    def _last(self, images: np.ndarray | Rows) -> np.ndarray:
+        """(N, C): what the head of that network sits on."""
+        found = extract(self._start, images, ft.view_size(self._start.spec.image_size), device=self.table.device)
+        return found.one[self._start.stage_names[-1]]
+
+    @functools.cached_property
+    def _last_stats(self) -> BlockStats:
+        return block_stats(self._last(np.ascontiguousarray(self.table.unlabelled[:STATISTICS_IMAGES])))
+
     def cell(self, protocol: str, count: Count, draw: int, stage: str | None, on_step: Any, keep: Path | None) -> Cell:
         # The rows themselves: which they are depends on the largest count and the number of draws, too.
         rows = self._draws.indices(draw, count)
@@ -237,7 +262,8 @@ class ArmFiller:
         if self.arm.kind != "scratch":
             key += [self.table.unlabelled_id]
         if protocol == "finetune":
-            key += [self.table.top_layers, [repr(p) for p in self.table.presets(count, self.arm.kind == "scratch")]]
+            presets = self.table.presets(count, self.arm.kind == "scratch")
+            key += [ft.view_size(self.table.image_size), self.table.top_layers, [repr(p) for p in presets]]
         cell = self.store.get(key)
         wanted = keep is not None and stored_key(keep) != self.store.digest(key)
         if cell is None or wanted:
@@ -260,11 +286,10 @@ class ArmFiller:
             return model.predict(f.features, f.test_rows), about
 
         def head(local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            f, last = self.featurised, self.network.stage_names[-1]
-            return fit_head(f.features.one[last][f.row_of[rows[local]]], y[local], f.stats[last, "1x1"])
+            return fit_head(self._last(Rows(self.table.pool.pixels, rows[local])), y[local], self._last_stats)
 
         tuned = ft.finetune(
-            self.network, Rows(self.table.pool.pixels, rows), y, len(self.table.classes),
+            self._start, Rows(self.table.pool.pixels, rows), y, len(self.table.classes),
             self.table.presets(count, scratch), head=None if scratch else head, seed=draw, device=self.table.device,
             on_step=on_step,
         )  # fmt: skip

@@ -25,7 +25,7 @@ from unlabel.errors import UserError
 from unlabel.order import batch_at
 from unlabel.precision import autocast, pick_precision
 
-__all__ = ["Classifier", "FineTuned", "Preset", "finetune", "predict_logits", "presets_for"]
+__all__ = ["Classifier", "FineTuned", "Preset", "finetune", "predict_logits", "presets_for", "view_size"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,18 @@ _SCRATCH_MANY = (
     Preset("scratch", 400, 1e-3, batchnorm="train"),
     Preset("scratch-fast", 400, 2e-3, batchnorm="train"),
 )
+
+
+# From 48 px on, labelled and new images are seen a quarter larger than in pretraining, at the size they are packed at:
+# random crops had shown objects larger than a whole image does (Touvron et al. 2019, https://arxiv.org/abs/1906.06423).
+# On development photos, an hour of rotation: 50 per class, three draws, 81.8 % to 82.6 %; 250, one draw, 87.5 % to
+# 89.1 %; a further fifth larger 82.4 % and 89.9 %, at half as much time again. Smaller images mostly are no larger.
+SCALE, SCALED_FROM = 1.25, 48
+
+
+def view_size(image_size: int) -> int:
+    """Height = width of the images that a network pretrained at ``image_size`` is fine-tuned on and classifies."""
+    return round(SCALE * image_size) if image_size >= SCALED_FROM else image_size
 
 
 @dataclass(frozen=True)
@@ -183,7 +195,7 @@ def _train(
             model.head.weight.mul_(0.1)
     optimizer = torch.optim.AdamW(_groups(model, preset))
     average = copy.deepcopy(model)
-    precision, size = pick_precision("auto", device), start.spec.image_size
+    precision, size = pick_precision("auto", device), view_size(start.spec.image_size)
     labels = torch.as_tensor(y, device=device).long()
     batch_size = min(preset.batch_size, max(2, len(y)))
     for step in range(preset.steps):
@@ -237,7 +249,7 @@ def cutout(images: Tensor, draws: Draws, share: float = 0.3) -> Tensor:
 def predict_logits(model: Classifier, images: Any, batch_size: int = 256) -> np.ndarray:
     """images (N, R, R, 3) uint8 to (N, K): log-probabilities averaged over the image and its mirror."""
     device = next(model.parameters()).device
-    size, out = model.backbone.spec.image_size, []
+    size, out = view_size(model.backbone.spec.image_size), []
     model.eval()
     for at in range(0, len(images), batch_size):
         x = clean(torch.from_numpy(np.array(images[at : at + batch_size])).to(device), size)

@@ -2,9 +2,12 @@
 
     python scripts/cats_vs_dogs.py run --photos FOLDER      (labelled.tar.gz with cat/ and dog/, unlabelled.tar.gz)
 
-COST
+Cost: five to six hours on two cores, of which two are pretraining (60 minutes of rotation, 20 of each task), a
+quarter of an hour probes, and the rest fine-tuning.
 
-RESULT
+Result (README.md has all of it, with intervals): with 50 labels per class a linear probe is right on 74.9 % of the test
+photos after the hour of rotation, on 68.1, 56.0 and 56.2 % after 20 minutes of rotation, inpainting and denoising, and
+on 56.3 % with random weights; fine-tuned at 64 px, 81.8 % after the hour and 60.7 % from scratch.
 
 Splits once, by cluster of near-duplicates and by content hash, never by seed: test 2,500 and development 1,500
 photos per class, the rest is the pool. Pretraining sees unlabelled + pool + development, without labels. Then the

@@ -20,6 +20,8 @@ from downstream import finetune as ft
 from downstream import probe
 from downstream.split import split_data
 from unlabel import compare
+from unlabel.augment import clean
+from unlabel.backbone import build_backbone, save_backbone
 from unlabel.cache import load_cache
 from unlabel.checkpoint import file_sha256
 from unlabel.cli import main
@@ -31,9 +33,9 @@ from unlabel.sources import open_source
 
 @pytest.fixture(scope="module")
 def short_presets():
-    """The protocol with a few steps per preset and half of the probe's grid: what is tested here is the plumbing."""
+    """The protocol with a few steps per preset and a third of the probe's grid: what is tested here is the plumbing."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(probe, "GRID_C", probe.GRID_C[::2])
+    patch.setattr(probe, "GRID_C", probe.GRID_C[::3])
     for name in ("_FEW", "_SOME", "_MANY", "_SCRATCH_FEW", "_SCRATCH_MANY"):
         patch.setattr(ft, name, tuple(dataclasses.replace(p, steps=4, batch_size=16) for p in getattr(ft, name)))
     for name in ("_GROWTH", "_SCRATCH_GROWTH"):
@@ -359,6 +361,23 @@ def test_a_stored_cell_is_used_only_for_the_same_labels(compared: Path, digits_f
     cells = set((tmp_path / "a" / "cells").iterdir())
     ev.fill(dataclasses.replace(wider, unlabelled_id="others"), [arm], None)
     assert len(set((tmp_path / "a" / "cells").iterdir()) - cells) == 4
+
+
+def test_fine_tuning_starts_with_statistics_of_the_size_it_sees(digits_folder: Path, tmp_path: Path):
+    """BatchNorm's of 60 px where the backbone was pretrained at 48; the probes' network stays as it was."""
+    save_backbone(build_backbone("small", 48), tmp_path / "run")
+    split = split_data(EvaluateConfig(run=tmp_path / "run", train=str(digits_folder)), 48, None)
+    table = ev.Table(split.pool, split.test, split.unlabelled.images, split.classes, (5,), 1, ("finetune",),
+                     ("small", "auto"), 48, torch.device("cpu"), tmp_path)  # fmt: skip
+    arm = ev.Arm("task", "backbone", (0,), (tmp_path / "run",))
+    filler = ev.ArmFiller(arm, 0, table, ev.Store(table))
+    model, before = filler._start.model, filler.network.model
+    seen = clean(torch.from_numpy(np.array(table.unlabelled)), 60)
+    with torch.no_grad():
+        found = model.get_submodule("conv1")(filler._start.normalise(seen))
+    mean, std = found.mean((0, 2, 3)), found.std((0, 2, 3))
+    assert ((model.get_buffer("bn1.running_mean") - mean).abs() / std).max() < 0.02
+    assert torch.equal(before.get_buffer("bn1.running_mean"), torch.zeros(len(mean)))
 
 
 def test_controls_share_cells_whatever_the_stem_was_called(digits_folder: Path, tmp_path: Path):

@@ -122,6 +122,24 @@ def test_predictions_average_the_mirror_and_ignore_batches():
     assert np.allclose(logits[:3], ft.predict_logits(model, images[:3], batch_size=2), atol=1e-5)
 
 
+@pytest.mark.parametrize(("pretrained_at", "tuned_at"), [(32, 32), (47, 47), (48, 60), (64, 80)])
+def test_images_are_a_quarter_larger_than_in_pretraining(pretrained_at: int, tuned_at: int, monkeypatch):
+    images, y = two_shades(10)
+    seen: list[tuple[int, ...]] = []
+    forward = ft.Classifier.forward
+
+    def watched(self: ft.Classifier, x: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(x.shape[2:]))
+        return forward(self, x)
+
+    monkeypatch.setattr(ft.Classifier, "forward", watched)
+    backbone = build_backbone("small", pretrained_at).eval()
+    tuned = ft.finetune(backbone, images, y, 2, [ft.Preset("short", 2, 1e-3)])
+    assert seen == [(tuned_at, tuned_at)] * 2
+    ft.predict_logits(tuned.model, images)
+    assert seen == [(tuned_at, tuned_at)] * 4
+
+
 def test_cutout_hides_one_square():
     images = torch.rand(6, 3, 40, 40) * 0.4
     out = ft.cutout(images, Draws(0, [0] * 6, range(6)), share=0.3)

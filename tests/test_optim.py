@@ -72,8 +72,9 @@ def test_the_logged_rate_is_the_schedules_and_clipping_changes_the_run(digits_fo
 
 def test_bf16_in_the_loop(digits_folder: Path, tmp_path: Path):
     config = PretrainConfig(
-        tasks=("inpainting",), data=(str(digits_folder),), out=tmp_path, image_size=16, epochs=0.05, precision="bf16"
-    )
+        tasks=("inpainting",), data=(str(digits_folder),), out=tmp_path, image_size=16, epochs=0.05, batch_size=8,
+        precision="bf16",
+    )  # fmt: skip
     run = pretrain(config)
     assert json.loads((run / "config.json").read_text())["resolved"]["precision"] == "bf16"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from pretext import TASKS
 from pretext.denoising import Denoising
 from unlabel import checkpoint, optim
-from unlabel.backbone import build_backbone, load_backbone
+from unlabel.backbone import build_backbone, load_backbone, save_backbone
+from unlabel.cli import main
 from unlabel.config import PretrainConfig
 from unlabel.errors import UserError
 from unlabel.pretrain import pretrain
@@ -280,18 +281,17 @@ def test_minutes_become_steps_and_are_kept(digits_folder: Path, tmp_path: Path, 
     assert json.loads((config.out / "config.json").read_text())["finished"]["steps"] == steps
 
 
-def command(*args: str) -> list[str]:
-    return [sys.executable, "-m", "unlabel", *args]
-
-
 def test_sigkill_and_sigterm(digits_folder: Path, tmp_path: Path):
     """Real processes and real signals: killed, then politely stopped, then finished; equal to the undisturbed run."""
     flags = ["--image-size", "32", "--epochs", "1", "--batch-size", "16", "--checkpoint-every", "2", "--device", "cpu"]
-    run = command("pretrain", "rotation", "--data", str(digits_folder), *flags, "--out", str(tmp_path / "disturbed"))
+    command = ["pretrain", "rotation", "--data", str(digits_folder), *flags, "--out"]
+    disturbed = [*command, str(tmp_path / "disturbed")]
     checkpoints = tmp_path / "disturbed" / "checkpoints"
     for signum, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
         known = set(checkpoints.glob("*.pt"))
-        process = subprocess.Popen(run, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "unlabel", *disturbed], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
         deadline = time.monotonic() + 120
         while set(checkpoints.glob("*.pt")) <= known and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -299,13 +299,10 @@ def test_sigkill_and_sigterm(digits_folder: Path, tmp_path: Path):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == code, errors
     assert "the same command continues" in errors
-    subprocess.run(run, check=True, capture_output=True)
-    whole = pretrain(PretrainConfig(
-        tasks=("rotation",), data=(str(digits_folder),), out=tmp_path / "whole", image_size=32, epochs=1.0,
-        batch_size=16, checkpoint_every=2, device="cpu",
-    ))  # fmt: skip
+    assert main(disturbed) == 0
+    assert main([*command, str(tmp_path / "whole")]) == 0
     a, b = ((tmp_path / k / "backbone.safetensors").read_bytes() for k in ("disturbed", "whole"))
-    assert a == b, whole
+    assert a == b
 
 
 def test_two_processes_equal_one(digits_folder: Path, tmp_path: Path):
@@ -313,14 +310,14 @@ def test_two_processes_equal_one(digits_folder: Path, tmp_path: Path):
     # The one BatchNorm that rotation has is in its disposable block: without it, a linear head.
     flags = "--backbone convnext_atto --image-size 32 --epochs 0.5 --batch-size 16 --device cpu".split()
     flags += "--optimizer sgd --lr 0.05 --rotation.blocks 0".split()
-    base = ["pretrain", *TASKS, "--data", str(digits_folder), *flags, "--out"]
+    command = ["pretrain", *TASKS, "--data", str(digits_folder), *flags, "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "unlabel"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    two = subprocess.run([*torchrun, *base, str(tmp_path / "two")], capture_output=True, text=True, env=environment)
+    two = subprocess.run([*torchrun, *command, str(tmp_path / "two")], capture_output=True, text=True, env=environment)
     assert two.returncode == 0, two.stderr[-2000:]
-    subprocess.run(command(*base, str(tmp_path / "one")), check=True, capture_output=True)
-    a, b = (load_file(tmp_path / k / "backbone.safetensors") for k in ("one", "two"))
-    start = load_file(pretrain(settings(digits_folder, tmp_path / "start", "rotation", backbone="convnext_atto", lr=1e-12, epochs=0.1)) / "backbone.safetensors")  # noqa: E501  # fmt: skip
+    assert main([*command, str(tmp_path / "one")]) == 0
+    save_backbone(build_backbone("convnext_atto", 32, seed=0), tmp_path / "start")
+    a, b, start = (load_file(tmp_path / k / "backbone.safetensors") for k in ("one", "two", "start"))
     moved = max(float((a[k] - start[k]).abs().max()) for k in a)
     apart = max(float((a[k] - b[k]).abs().max()) for k in a)
     assert moved > 1e-3
