@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Before numpy and torch read it. Two workers of two threads each on two cores would wait for one another; a worker
+# inherits what its parent has set.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+
 import numpy as np
 import pytest
 from PIL import Image
-
-os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 
 @pytest.fixture(scope="session", autouse=True)
