@@ -96,6 +96,11 @@ class Table:
         block = max((c for c in self.counts if c != "all"), default=1)
         return LabelDraws(self.pool.y, block, self.n_draws, 0, self.classes)
 
+    @property
+    def statistics_images(self) -> np.ndarray:
+        """The unlabelled images (N, R, R, 3) that statistics are taken from."""
+        return np.array(self.unlabelled[:STATISTICS_IMAGES])
+
     def plan(self) -> Iterator[tuple[Count, int]]:
         """(labels per class, draw); `all` has one draw."""
         for count in self.counts:
@@ -179,7 +184,7 @@ def network(arm: Arm, k: int, table: Table) -> Backbone:
 
 def clean_statistics(backbone: Backbone, table: Table, size: int) -> None:
     """BatchNorm's statistics from unlabelled images as they are seen at ``size`` px."""
-    sample = torch.from_numpy(np.array(table.unlabelled[:STATISTICS_IMAGES]))
+    sample = torch.from_numpy(table.statistics_images)
     parts = [p.to(table.device) for p in sample.split(256) if len(p) > 1]
     estimate_statistics(backbone, (clean(p, size) for p in parts))
 
@@ -198,7 +203,7 @@ def featurise(arm: Arm, k: int, table: Table, backbone: Backbone | None) -> Feat
     draws = table.draws
     used = np.unique(np.concatenate([draws.indices(d, c) for c, d in table.plan()]))
     both = Rows(table.pool.pixels, used), table.test.pixels
-    sample = np.ascontiguousarray(table.unlabelled[:STATISTICS_IMAGES])
+    sample = table.statistics_images
     bar = f"{arm.name} features"
     if backbone is not None:
         size = backbone.spec.image_size
@@ -239,20 +244,21 @@ class ArmFiller:
     @functools.cached_property
     def _start(self) -> Backbone:
         """Where fine-tuning starts: the network with BatchNorm's statistics of images at the size it is tuned at."""
+        size = ft.view_size(self.network.spec.image_size)
+        if self.arm.kind == "scratch" or size == self.network.spec.image_size:
+            return self.network
         start = copy.deepcopy(self.network)
-        size = ft.view_size(start.spec.image_size)
-        if self.arm.kind != "scratch" and size != start.spec.image_size:
-            clean_statistics(start, self.table, size)
+        clean_statistics(start, self.table, size)
         return start
 
-    def _last(self, images: np.ndarray | Rows) -> np.ndarray:
-        """(N, C): what the head of that network sits on."""
-        found = extract(self._start, images, ft.view_size(self._start.spec.image_size), device=self.table.device)
-        return found.one[self._start.stage_names[-1]]
+    def _head_inputs(self, images: np.ndarray | Rows) -> np.ndarray:
+        """(N, C): what the linear layer of the network to be fine-tuned sits on."""
+        size = ft.view_size(self._start.spec.image_size)
+        return extract(self._start, images, size, device=self.table.device).one[self._start.stage_names[-1]]
 
     @functools.cached_property
-    def _last_stats(self) -> BlockStats:
-        return block_stats(self._last(np.ascontiguousarray(self.table.unlabelled[:STATISTICS_IMAGES])))
+    def _head_stats(self) -> BlockStats:
+        return block_stats(self._head_inputs(self.table.statistics_images))
 
     def cell(self, protocol: str, count: Count, draw: int, stage: str | None, on_step: Any, keep: Path | None) -> Cell:
         # The rows themselves: which they are depends on the largest count and the number of draws, too.
@@ -286,7 +292,7 @@ class ArmFiller:
             return model.predict(f.features, f.test_rows), about
 
         def head(local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return fit_head(self._last(Rows(self.table.pool.pixels, rows[local])), y[local], self._last_stats)
+            return fit_head(self._head_inputs(Rows(self.table.pool.pixels, rows[local])), y[local], self._head_stats)
 
         tuned = ft.finetune(
             self._start, Rows(self.table.pool.pixels, rows), y, len(self.table.classes),

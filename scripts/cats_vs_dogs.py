@@ -42,6 +42,7 @@ from unlabel.report import accuracy_svg, answer, format_table
 from unlabel.sources import open_source
 
 IMAGE_SIZE = 64
+SIZE = ["--image-size", str(IMAGE_SIZE)]
 PER_CLASS = {"test": 2500, "development": 1500}
 TABLES = {"probe": "--protocol linear knn --draws 10", "finetune": "--protocol finetune --draws 3"}
 
@@ -135,17 +136,17 @@ def run(photos: Path, out: Path) -> None:
     """Everything: split, pretrain, probe, fine-tune, publish."""
     split(photos, out)
     parts, hour, table = out / "split", out / "rotation-60min", out / "table"
-    pretrain = ["pretrain", "rotation", "--data", f"{parts}/pretrain", "--image-size", "64", "--minutes", "60"]
+    pretrain = ["pretrain", "rotation", "--data", f"{parts}/pretrain", *SIZE, "--minutes", "60"]
     compare = ["compare", "--data", f"{parts}/pretrain", "--train", f"{parts}/pool", "--test", f"{parts}/test"]
-    compare += ["--image-size", "64", "--minutes", "20", "--also", str(hour), "--labels-per-class", "10", "50", "250"]
-    unlabel([*pretrain, "--out", str(hour)])
+    compare += [*SIZE, "--minutes", "20", "--also", str(hour), "--labels-per-class", "10", "50", "250"]
+    command([*pretrain, "--out", str(hour)])
     for name, how in TABLES.items():
-        unlabel([*compare, *how.split(), "--out", str(table)])
+        command([*compare, *how.split(), "--out", str(table)])
         publish(table / "results.json", name)
     rotation_accuracy(hour, out)
 
 
-def unlabel(arguments: list[str]) -> None:
+def command(arguments: list[str]) -> None:
     print("unlabel", shlex.join(arguments), flush=True)
     if code := command_line(arguments):
         sys.exit(code)

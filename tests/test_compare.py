@@ -17,7 +17,6 @@ import torch
 
 from downstream import evaluate as ev
 from downstream import finetune as ft
-from downstream import probe
 from downstream.split import split_data
 from unlabel import compare
 from unlabel.augment import clean
@@ -33,9 +32,8 @@ from unlabel.sources import open_source
 
 @pytest.fixture(scope="module")
 def short_presets():
-    """The protocol with a few steps per preset and a third of the probe's grid: what is tested here is the plumbing."""
+    """The protocol's presets with a few steps each: what is tested here is the plumbing."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(probe, "GRID_C", probe.GRID_C[::3])
     for name in ("_FEW", "_SOME", "_MANY", "_SCRATCH_FEW", "_SCRATCH_MANY"):
         patch.setattr(ft, name, tuple(dataclasses.replace(p, steps=4, batch_size=16) for p in getattr(ft, name)))
     for name in ("_GROWTH", "_SCRATCH_GROWTH"):
@@ -185,7 +183,6 @@ def test_permuted_test_labels_change_no_choice(compared: Path, digits_folder: Pa
     found = []
     for k, shuffle in enumerate((None, np.random.default_rng(0).permutation)):
         table, arm = table_of(digits_folder, run, tmp_path / str(k), y_test=shuffle)
-        table = dataclasses.replace(table, n_draws=1)
         rows, predictions = ev.fill(table, [arm], None)
         found.append(([{**r, "seconds": 0} for r in rows], predictions))
     (rows_a, predictions_a), (rows_b, predictions_b) = found
@@ -378,6 +375,9 @@ def test_fine_tuning_starts_with_statistics_of_the_size_it_sees(digits_folder: P
     mean, std = found.mean((0, 2, 3)), found.std((0, 2, 3))
     assert ((model.get_buffer("bn1.running_mean") - mean).abs() / std).max() < 0.02
     assert torch.equal(before.get_buffer("bn1.running_mean"), torch.zeros(len(mean)))
+    with torch.no_grad():
+        pooled = filler._start.eval()(seen[:20]).pooled.numpy()
+    assert np.allclose(filler._head_inputs(np.array(table.unlabelled)[:20]), pooled, atol=1e-5)
 
 
 def test_controls_share_cells_whatever_the_stem_was_called(digits_folder: Path, tmp_path: Path):

@@ -113,6 +113,12 @@ def test_run_folder_and_exported_weights(digits_folder: Path, tmp_path: Path, ca
     assert (out / "backbone.safetensors").stat().st_mtime_ns == before
     with pytest.raises(UserError, match=r"batch_size was 16, now 8"):
         pretrain(settings(digits_folder, out, "rotation", "inpainting", weights=(1.0, 0.3), batch_size=8))
+    for more, message in (
+        ({"max_skipped": 0.5}, "max_skipped was 0.01, now 0.5"),
+        ({"compile": True}, "compile was False"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pretrain(settings(digits_folder, out, "rotation", "inpainting", weights=(1.0, 0.3), **more))
     with pytest.raises(UserError, match="data"):
         pretrain(settings(digits_folder / "1", out, "rotation", "inpainting", weights=(1.0, 0.3)))
     (out / "backbone.safetensors").write_bytes(b"changed")
