@@ -23,6 +23,11 @@ TASKS: dict[str, tuple[str, str]] = {
         "pretext.denoising:Denoising",
         "recover the clean image from a noisy one (Vincent 2008, 2010)",
     ),
+    "autoencoder": ("pretext.autoencoder:Autoencoder", "the image through a small code (Hinton 2006)"),
+    "vae": ("pretext.vae:VAE", "the image through a random code of known distribution (Kingma & Welling 2014)"),
+    "colorization": ("pretext.colorization:Colorization", "predict the colours of a grey image (Zhang 2016)"),
+    "superresolution": ("pretext.superresolution:SuperResolution", "recover the image from its reduction (Kim 2016)"),
+    "jigsaw": ("pretext.jigsaw:Jigsaw", "which tile belongs where? (Doersch 2015, Noroozi & Favaro 2016)"),
 }
 
 

@@ -37,13 +37,13 @@ def resize(x: Tensor, side: int) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Features (N, channels, h, w) to an image (N, 3, size, size), float32, in normalised colours.
+    """Features (N, channels, h, w) to an image (N, out, size, size), float32; three numbers: normalised colours.
 
     Doubles ``side`` by nearest-neighbour upsampling + 3×3 convolution (which leaves no checkerboard, Odena et
     al. 2016) up to half the image's side, and the rest bilinearly: without skips the last octave holds little.
     """
 
-    def __init__(self, channels: int, side: int, size: int, width: int = 64) -> None:
+    def __init__(self, channels: int, side: int, size: int, width: int = 64, out: int = 3) -> None:
         super().__init__()
         doublings = max(0, math.ceil(math.log2(size / side)) - 1)
         # From the fine end: 16, 32, 64, 64 … channels, so that no level costs more than the coarse ones.
@@ -51,7 +51,7 @@ class Decoder(nn.Module):
         layers: list[nn.Module] = [*_block(channels, widths[0], 1)]
         for before, after in pairwise(widths):
             layers += [nn.Upsample(scale_factor=2, mode="nearest"), *_block(before, after, 3)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 3, 3, padding=1))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], out, 3, padding=1))
 
     def forward(self, features: Tensor, size: int) -> Tensor:
         return resize(self.layers(features).float(), size)

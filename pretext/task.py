@@ -47,6 +47,7 @@ class PretextTask(nn.Module):
     metrics: ClassVar[dict[str, Literal["max", "min"]]]
     recipe: ClassVar[Recipe] = Recipe()
     phases: int = 1  # > 1 is not summed with other tasks
+    sees: ClassVar[Literal["RGB", "grey"]] = "RGB"  # what the backbone is shown in pretraining; downstream shows RGB
 
     def __init__(self, backbone: Backbone, config: Any) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ else:
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 
@@ -43,3 +44,20 @@ def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image = Image.fromarray((images[k] * 255 / 16).astype(np.uint8))
             image.resize((32, 32), Image.Resampling.BICUBIC).save(root / str(label) / f"{k:04d}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def colour_photos() -> torch.Tensor:
+    """(64, 3, 32, 32) in [0, 1]: parts of scikit-learn's two sample photos, a temple and a flower, in turn."""
+    from sklearn.datasets import load_sample_images
+
+    parts = []
+    for photo in load_sample_images().images:
+        whole = Image.fromarray(photo)
+        for row in range(4):
+            for column in range(8):
+                x, y = 76 * column, 106 * row
+                part = whole.crop((x, y, x + 106, y + 106)).resize((32, 32), Image.Resampling.BICUBIC)
+                parts.append(np.asarray(part))
+    order = np.arange(64).reshape(2, 32).T.ravel()
+    return torch.from_numpy(np.stack(parts)[order]).permute(0, 3, 1, 2).float() / 255

@@ -380,6 +380,22 @@ def test_fine_tuning_starts_with_statistics_of_the_size_it_sees(digits_folder: P
     assert np.allclose(filler._head_inputs(np.array(table.unlabelled)[:20]), pooled, atol=1e-5)
 
 
+def test_a_cell_belongs_to_the_size_that_it_was_fine_tuned_at(digits_folder: Path, tmp_path: Path, monkeypatch):
+    table, _ = table_of(digits_folder, tmp_path, tmp_path / "a")
+    table = dataclasses.replace(table, protocols=("finetune",), counts=(5,))
+    fits = []
+
+    def fit(self, protocol, count, draw, *_):
+        fits.append(draw)
+        return np.zeros(len(table.test), np.int64), {}
+
+    monkeypatch.setattr(ev.ArmFiller, "_fit", fit)
+    for packed_from in (48, 48, 16):
+        monkeypatch.setattr(ft, "PACKED_FROM", packed_from)
+        ev.fill(table, [ev.Arm("scratch", "scratch")], None)
+    assert fits == [0, 1, 0, 1]
+
+
 def test_controls_share_cells_whatever_the_stem_was_called(digits_folder: Path, tmp_path: Path):
     """`evaluate` takes the stem from the run, where it has its real name; `compare` from the flag, where it is auto."""
     table, _ = table_of(digits_folder, tmp_path, tmp_path / "a")

@@ -13,7 +13,6 @@ from PIL import Image
 from pretext import TASKS, load_task
 from pretext.task import Batch
 from unlabel import optim
-from unlabel.augment import clean
 from unlabel.backbone import build_backbone
 from unlabel.draws import Draws
 from unlabel.previews import save_previews
@@ -25,22 +24,14 @@ def make(name: str, model: str = "small", size: int = 32):
     return cls(build_backbone(model, size), cls.Config())
 
 
-@pytest.fixture(scope="module")
-def photos(digits_folder: Path) -> torch.Tensor:
-    """(64, 3, 32, 32): real images, on a real batch."""
-    paths = sorted(digits_folder.rglob("*.png"))[::5][:64]
-    pixels = np.stack([np.asarray(Image.open(p).convert("RGB")) for p in paths])
-    return clean(torch.from_numpy(pixels), 32)
-
-
 def batch_of(images: torch.Tensor, epoch: int = 0, rows: slice = slice(None)) -> Batch:
     index = list(range(len(images)))[rows]
     return Batch(images[rows], Draws(0, [epoch] * len(index), index), 0.5)
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_metrics_trivial_and_previews(name: str, photos: torch.Tensor, tmp_path: Path):
-    task, batch = make(name), batch_of(photos[:8])
+def test_metrics_trivial_and_previews(name: str, colour_photos: torch.Tensor, tmp_path: Path):
+    task, batch = make(name), batch_of(colour_photos[:8])
     task.train()
     out = task(batch)
     assert set(out) == {"loss", *task.metrics}
@@ -76,24 +67,24 @@ def test_config_is_frozen_plain_and_documented(name: str):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_loss_is_a_mean_over_images(name: str, photos: torch.Tensor):
+def test_loss_is_a_mean_over_images(name: str, colour_photos: torch.Tensor):
     """Two halves average to the whole (batch statistics frozen): so two processes equal one."""
     task = make(name, "convnext_atto").eval()
     task.backbone.eval()
-    whole = task(batch_of(photos[:16]))["loss"]
-    halves = [task(batch_of(photos[:16], rows=rows))["loss"] for rows in (slice(0, 8), slice(8, 16))]
+    whole = task(batch_of(colour_photos[:16]))["loss"]
+    halves = [task(batch_of(colour_photos[:16], rows=rows))["loss"] for rows in (slice(0, 8), slice(8, 16))]
     assert torch.allclose(whole, torch.stack(halves).mean(), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_short_training_beats_trivial(name: str, photos: torch.Tensor):
+def test_a_short_training_beats_trivial(name: str, colour_photos: torch.Tensor):
     """Loss falls on a real batch, and every metric passes what a network that learned nothing scores."""
     task = make(name)
     task.train()
     optimizers = optim.make_optimizers(task.backbone, task.param_groups(), "adamw", 3e-3, 0.01)
     losses, last = [], {}
     for step in range(48):
-        out = task(batch_of(photos[:16], epoch=step % 4))
+        out = task(batch_of(colour_photos[:16], epoch=step % 4))
         out["loss"].backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -101,7 +92,7 @@ def test_a_short_training_beats_trivial(name: str, photos: torch.Tensor):
         losses.append(out["loss"].item())
         last = {k: float(out[k]) for k in task.metrics}
     assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
-    trivial = task.trivial(batch_of(photos[:16]))
+    trivial = task.trivial(batch_of(colour_photos[:16]))
     for metric, direction in task.metrics.items():
         better = last[metric] > trivial[metric] if direction == "max" else last[metric] < trivial[metric]
         assert better, (metric, last[metric], trivial[metric])

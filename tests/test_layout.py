@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -22,6 +23,34 @@ def test_pythons_own_ssl_at_the_repository_root(how: list[str]):
     assert done.returncode == 0, done.stderr
     assert str(ROOT) not in done.stdout.replace(sys.prefix, "")
     assert not (ROOT / "ssl" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX"])
+def test_an_active_environment_with_torch_is_used(variable: str, tmp_path: Path):
+    """The scripts take its Python, and make no .venv of their own beside them."""
+    scripts = tmp_path / "clone" / "scripts"
+    scripts.mkdir(parents=True)
+    for name in ("_venv", "test"):
+        (scripts / name).write_bytes((ROOT / "scripts" / name).read_bytes())
+    (tmp_path / "clone" / "pyproject.toml").touch()
+    python = tmp_path / "active" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    # It records what it is asked to run, and has torch.
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\ncase "$2" in *sys.prefix*) echo {tmp_path};; esac\n')
+    python.chmod(0o755)
+    clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    done = subprocess.run(
+        ["bash", str(scripts / "test"), "-k", "x"],
+        env={**clean, variable: str(tmp_path / "active")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert "-m pip install --quiet --editable .[test]" in asked
+    assert not any("pip install --quiet torch" in line for line in asked)
+    assert asked[-1] == "-m pytest -n 2 --dist loadfile -k x"
+    assert not (tmp_path / "clone" / ".venv").exists()
 
 
 def imports(path: Path) -> set[str]:

@@ -311,23 +311,49 @@ def test_sigkill_and_sigterm(digits_folder: Path, tmp_path: Path):
     assert a == b
 
 
-def test_two_processes_equal_one(digits_folder: Path, tmp_path: Path):
-    """Same global batch, order and draws: after 10 steps the weights agree. LayerNorm, so no batch statistics."""
+def test_two_processes_equal_one_and_continue_its_run(digits_folder: Path, tmp_path: Path, monkeypatch):
+    """Same global batch, order and draws: after 10 steps the weights agree. LayerNorm, so no batch statistics.
+
+    So they do where one process died and two went on.
+    """
     # The one BatchNorm that rotation has is in its disposable block: without it, a linear head.
-    flags = "--backbone convnext_atto --image-size 32 --epochs 0.5 --batch-size 16 --device cpu".split()
+    flags = (
+        "--backbone convnext_atto --image-size 32 --epochs 0.5 --batch-size 16 --device cpu --precision fp32".split()
+    )
     flags += "--optimizer sgd --lr 0.05 --rotation.blocks 0".split()
     command = ["pretrain", *TASKS, "--data", str(digits_folder), *flags, "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "unlabel"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    two = subprocess.run([*torchrun, *command, str(tmp_path / "two")], capture_output=True, text=True, env=environment)
-    assert two.returncode == 0, two.stderr[-2000:]
+    own = {"backbone": "convnext_atto", "device": "cpu", "optimizer": "sgd", "lr": 0.05, "precision": "fp32"}
+    own |= {"task_settings": {"rotation": {"blocks": 0}}}
+    killed_at(monkeypatch, settings(digits_folder, tmp_path / "both", *TASKS, **own), saves=1)
+    for out in ("two", "both"):
+        ran = subprocess.run(
+            [*torchrun, *command, str(tmp_path / out)], capture_output=True, text=True, env=environment
+        )
+        assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "continues from step 3 of 10" in ran.stdout
     assert main([*command, str(tmp_path / "one")]) == 0
     save_backbone(build_backbone("convnext_atto", 32, seed=0), tmp_path / "start")
-    a, b, start = (load_file(tmp_path / k / "backbone.safetensors") for k in ("one", "two", "start"))
+    a, start = (load_file(tmp_path / k / "backbone.safetensors") for k in ("one", "start"))
     moved = max(float((a[k] - start[k]).abs().max()) for k in a)
-    apart = max(float((a[k] - b[k]).abs().max()) for k in a)
     assert moved > 1e-3
-    assert apart < 0.02 * moved
+    for out in ("two", "both"):
+        b = load_file(tmp_path / out / "backbone.safetensors")
+        assert max(float((a[k] - b[k]).abs().max()) for k in a) < 0.02 * moved, out
+
+
+def test_weights_that_no_task_reaches_are_frozen_and_named(digits_folder: Path, tmp_path: Path, capsys):
+    """MobileNetV3 has a convolution behind its last feature map, which rotation does not use."""
+    out = pretrain(settings(digits_folder, tmp_path / "run", "rotation", backbone="mobilenetv3_small_050", epochs=0.1))
+    frozen = json.loads((out / "backbone.json").read_text())["frozen"]
+    assert frozen
+    assert all(name.startswith("conv_head") for name in frozen)
+    assert frozen[0] in capsys.readouterr().out
+    save_backbone(build_backbone("mobilenetv3_small_050", 32, seed=0), tmp_path / "start")
+    after, before = (load_file(folder / "backbone.safetensors") for folder in (out, tmp_path / "start"))
+    assert all(torch.equal(after[name], before[name]) for name in frozen)
+    assert not torch.equal(after["blocks.0.0.conv_dw.weight"], before["blocks.0.0.conv_dw.weight"])
 
 
 def test_one_percent_of_broken_files(digits_folder: Path, tmp_path: Path):

@@ -8,22 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from downstream import evaluate as ev
-from downstream import finetune as ft
+from downstream.cost import print_cost
 from downstream.split import Split, split_data
 from downstream.summary import summarise
 from pretext import load_task
 from unlabel import report
-from unlabel.backbone import build_backbone, channels_last, load_backbone
+from unlabel.backbone import build_backbone, load_backbone
 from unlabel.cache import ImageCache, load_cache, write_skipped
 from unlabel.checkpoint import write_atomic
 from unlabel.config import CompareConfig, EvaluateConfig, FewLabels, PretrainConfig, plain
@@ -76,7 +74,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     backbone = (about.get("settings", {}).get("backbone", spec.name), stem)
     arms = _with_controls([arm], config)
     table = _table(config, split, backbone, spec.image_size, out)
-    _print_cost(table, arms)
+    print_cost(table, arms)
     overlap = {"overlap": {"test_in_pretraining": split.seen}, "left_out_of_pretraining": 0}
     return _fill_and_report(table, split, arms, 1, {"settings": plain(config), **overlap})
 
@@ -100,7 +98,7 @@ def compare(config: CompareConfig) -> Path:
     table = _table(config, split, (config.backbone, "auto"), image_size, config.out)
     each = f"{config.minutes:g} minutes" if config.minutes is not None else f"{config.epochs or EPOCHS:g} passes"
     print(f"cost: pretraining {len(tasks) * len(seeds)} × {each}, as far as it is not done")
-    _print_cost(table, arms)
+    print_cost(table, arms)
     for arm in tasks:
         for seed, folder in zip(seeds, arm.runs, strict=True):
             print(f"\n== {arm.name}, seed {seed}")
@@ -241,54 +239,6 @@ def _fill_and_report(
     return out
 
 
-def _print_cost(table: ev.Table, arms: Sequence[ev.Arm]) -> None:
-    """Image passes for features and for fine-tuning, at a speed that is measured here; fits of probes, counted."""
-    known = f"; what is already in {table.out / 'cells'} is not done again" if (table.out / "cells").exists() else ""
-    plan, networks, fits, passes = list(table.plan()), 0, 0, 0
-    for arm in arms:
-        protocols = arm.protocols(table.protocols)
-        fits += len(arm.seeds) * len(plan) * sum(p != "finetune" for p in protocols)
-        networks += len(arm.seeds) * (arm.kind in ("backbone", "random"))
-        if "finetune" not in protocols:
-            continue
-        for count, _ in plan:
-            n, presets = table.labels(count), table.presets(count, arm.kind == "scratch")
-            runs = [*presets, presets[-1]] if len(presets) > 1 else presets
-            passes += len(arm.seeds) * sum(p.steps * min(p.batch_size, n) for p in runs)
-    there, back = _seconds_per_image(table)
-    drawn = len(np.unique(np.concatenate([table.draws.indices(d, c) for c, d in plan])))
-    images = networks * (drawn + len(table.test) + ev.STATISTICS_IMAGES)
-    print(f"cost: features of {images:,} images, about {images * there / 60:.1f} minutes, then {fits:,} fits{known}")
-    if passes:
-        print(f"cost: fine-tuning passes {passes:,} images, about {passes * back / 60:.1f} minutes{known}")
-
-
-def _seconds_per_image(table: ev.Table) -> tuple[float, float]:
-    """Of a forward pass, and of a training step."""
-    model = ft.Classifier(build_backbone(table.backbone[0], table.image_size, table.backbone[1]), 2)
-    model = channels_last(model.to(table.device))
-    x = torch.rand(32, 3, table.image_size, table.image_size, device=table.device)
-
-    def forward() -> None:
-        with torch.inference_mode():
-            model(x)
-
-    def both() -> None:
-        model(x).sum().backward()
-
-    seconds = []
-    for work in (forward, both):
-        times = []
-        for _ in range(4):
-            begun = time.perf_counter()
-            work()
-            if table.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begun)
-        seconds.append(float(np.median(times[1:])) / len(x))
-    return seconds[0], seconds[1]
-
-
 def _provenance(out: Path, tasks: Sequence[ev.Arm], split: Split) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Any]]] = {}
     data = dict(split.about)
@@ -300,6 +250,7 @@ def _provenance(out: Path, tasks: Sequence[ev.Arm], split: Split) -> dict[str, A
             runs.setdefault(arm.name, []).append({
                 "path": _relative(folder, out), "seed": asked.get("seed", seed), "tasks": asked.get("tasks"),
                 "backbone": asked.get("backbone"), "image_size": about.get("resolved", {}).get("image_size"),
+                "shown_as": about.get("data", {}).get("shown_as", ["RGB"]),
                 "steps": done.get("steps"), "images_seen": done.get("images_seen"),
                 "minutes": None if seconds is None else round(seconds / 60, 2),
                 "images_per_second": round(done["images_seen"] / seconds, 1) if seconds else None,

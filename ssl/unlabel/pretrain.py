@@ -120,6 +120,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     resolved = {**vars(plan), "crop": list(plan.crop)}
     if about is None and distributed.is_main():
         data = {"spec": list(config.data), "images": len(cache.names), "skipped": len(cache.skipped)}
+        data["shown_as"] = sorted({cls.sees for cls in classes.values()})
         run.begin(settings, config.free(), resolved, fingerprint, data)
     describe(say, config, plan, cache, model, device)
 

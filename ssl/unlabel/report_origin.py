@@ -110,12 +110,15 @@ def _picture(path: Path) -> tuple[str, int] | None:
 def cost(results: dict[str, Any]) -> str:
     """Minutes, images and speed of every pretraining run, and the machine."""
     found = section(results, "provenance", "runs")
-    lines = []
+    lines, grey = [], ""
     for arm, entries in found.items():
         for entry in entries if isinstance(entries, list) else []:
             if not isinstance(entry, dict):
                 continue
             side = f"{show(entry['image_size'])} px" if entry.get("image_size") else show(None)
+            if "grey" in (entry.get("shown_as") or []):
+                side += ", grey"
+                grey = " Downstream every network is shown RGB."
             counts = [show(entry.get(key), d) for key, d in _COST.values()]
             lines.append([escape(str(arm)), *counts, show(entry.get("backbone")), side])
     if not lines:
@@ -125,7 +128,8 @@ def cost(results: dict[str, Any]) -> str:
     machine += [f"{hardware['threads']} threads"] if hardware.get("threads") else []
     memory = number(hardware.get("memory_gb"))
     machine += [f"{memory:.0f} GB of memory"] if memory else []
-    about = f'<p class="small">On {escape(", ".join(machine))}.</p>' if machine else ""
+    said = (f"On {escape(', '.join(machine))}." if machine else "") + grey
+    about = f'<p class="small">{said.strip()}</p>' if said else ""
     table = html_table(["arm", *_COST, "backbone", "image size"], lines, right=frozenset(range(1, 5)))
     return "<h2>What pretraining cost</h2>\n" + table + about
 

@@ -1,0 +1,71 @@
+"""What a table will cost, said before it is spent: measured here and now, for this network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from downstream import finetune as ft
+from downstream.evaluate import STATISTICS_IMAGES, Arm, Table
+from unlabel.backbone import build_backbone, channels_last
+from unlabel.precision import autocast, pick_precision
+
+__all__ = ["print_cost"]
+
+
+def print_cost(table: Table, arms: Sequence[Arm]) -> None:
+    """Image passes for features and for fine-tuning, at a speed that is measured here; fits of probes, counted."""
+    known = f"; what is already in {table.out / 'cells'} is not done again" if (table.out / "cells").exists() else ""
+    plan, networks, fits, passes = list(table.plan()), 0, 0, 0
+    for arm in arms:
+        protocols = arm.protocols(table.protocols)
+        fits += len(arm.seeds) * len(plan) * sum(p != "finetune" for p in protocols)
+        networks += len(arm.seeds) * (arm.kind in ("backbone", "random"))
+        if "finetune" not in protocols:
+            continue
+        for count, _ in plan:
+            n, presets = table.labels(count), table.presets(count, arm.kind == "scratch")
+            runs = [*presets, presets[-1]] if len(presets) > 1 else presets
+            passes += len(arm.seeds) * sum(p.steps * min(p.batch_size, n) for p in runs)
+    there, back = _seconds_per_image(table)
+    drawn = len(np.unique(np.concatenate([table.draws.indices(d, c) for c, d in plan])))
+    images = networks * (drawn + len(table.test) + STATISTICS_IMAGES)
+    print(f"cost: features of {images:,} images, about {images * there / 60:.1f} minutes, then {fits:,} fits{known}")
+    if passes:
+        print(f"cost: fine-tuning passes {passes:,} images, about {passes * back / 60:.1f} minutes{known}")
+
+
+def _seconds_per_image(table: Table) -> tuple[float, float]:
+    """Of a forward pass for features, and of a step of fine-tuning, each at its own size and precision."""
+    model = ft.Classifier(build_backbone(table.backbone[0], table.image_size, table.backbone[1]), 2)
+    model = channels_last(model.to(table.device))
+
+    def images(size: int) -> torch.Tensor:
+        return torch.rand(32, 3, size, size, device=table.device).contiguous(memory_format=torch.channels_last)
+
+    small, large = images(table.image_size), images(ft.view_size(table.image_size))
+    precision = pick_precision("auto", table.device)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model(small)
+
+    def both() -> None:
+        with autocast(table.device, precision):
+            logits = model(large)
+        logits.float().sum().backward()
+
+    seconds = []
+    for work in (forward, both):
+        times = []
+        for _ in range(4):
+            begun = time.perf_counter()
+            work()
+            if table.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begun)
+        seconds.append(float(np.median(times[1:])) / len(small))
+    return seconds[0], seconds[1]

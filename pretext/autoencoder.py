@@ -1,0 +1,73 @@
+"""Autoencoder (Hinton & Salakhutdinov 2006, https://doi.org/10.1126/science.1127647): the image through a small code.
+
+Undercomplete: the code has far fewer numbers than the image has pixels, so that copying is not possible.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pretext.code import Code, bernoulli_divergence
+from pretext.decoder import denormalise, weighted_error
+from pretext.task import Batch, PretextTask, Recipe
+from unlabel.backbone import Backbone
+from unlabel.errors import UserError
+
+__all__ = ["Autoencoder"]
+
+
+@dataclass(frozen=True)
+class Config:
+    code: int = 128
+    """Numbers in the code."""
+    loss: Literal["bce", "mse"] = "bce"
+    """Binary cross-entropy of colours in [0, 1], or squared error of normalised colours."""
+
+
+class Autoencoder(PretextTask):
+    """``error``: mean squared error over all pixels, in [0, 1] colours."""
+
+    Config = Config
+    metrics = {"error": "min"}  # noqa: RUF012
+    recipe = Recipe(optimizer="adamw", lr=2e-3, weight_decay=0.05, batch_size=128)
+    config: Config
+
+    def __init__(self, backbone: Backbone, config: Config) -> None:
+        super().__init__(backbone, config)
+        if config.code < 1:
+            raise UserError(f"--autoencoder.code {config.code}: at least one number")
+        if config.loss not in ("bce", "mse"):
+            raise UserError(f"unknown --autoencoder.loss {config.loss!r}: bce or mse")
+        self.code = Code(backbone, config.code)
+
+    def predict(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W): logits of colours (bce), or normalised colours (mse)."""
+        features = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        return self.code.decode(self.code.encode(features.last), images.shape[-1])
+
+    def paint(self, predicted: Tensor) -> Tensor:
+        """What ``predict`` gives, as colours in [0, 1]."""
+        return predicted.sigmoid() if self.config.loss == "bce" else denormalise(self.backbone, predicted)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        predicted, everywhere = self.predict(batch.images), torch.ones_like(batch.images[:, :1])
+        if self.config.loss == "bce":
+            loss = bernoulli_divergence(predicted, batch.images).mean()
+        else:
+            loss = weighted_error(predicted, self.backbone.normalise(batch.images), everywhere)
+        error = weighted_error(self.paint(predicted.detach()), batch.images, everywhere)
+        return {"loss": loss, "error": error}
+
+    def trivial(self, batch: Batch) -> dict[str, float]:
+        """The mean image of the batch, for every image: what a code that carries nothing could at best be turned to."""
+        mean = batch.images.mean(0, keepdim=True).expand_as(batch.images)
+        return {"error": float(weighted_error(mean, batch.images, torch.ones_like(batch.images[:, :1])))}
+
+    @torch.no_grad()
+    def show(self, batch: Batch) -> dict[str, Tensor]:
+        prediction = self.paint(self.predict(batch.images))
+        return {"input": batch.images, "target": batch.images, "prediction": prediction}

@@ -1,0 +1,44 @@
+"""The bottleneck of the autoencoder family: the last feature map to a code, and a code to an image."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretext.decoder import Decoder, feature_side, resize
+from unlabel.backbone import Backbone
+
+__all__ = ["Code", "bernoulli_divergence"]
+
+WIDTH = 64  # channels of the smallest map of the decoder
+
+
+class Code(nn.Module):
+    """``numbers`` · ``size`` numbers per image, from which (the first ``size`` of them) an image is painted again."""
+
+    def __init__(self, backbone: Backbone, size: int, numbers: int = 1) -> None:
+        super().__init__()
+        self.side = feature_side(backbone)
+        self.into = nn.Linear(backbone.channels * self.side**2, numbers * size)
+        self.out = nn.Linear(size, WIDTH * self.side**2)
+        self.decoder = Decoder(WIDTH, self.side, backbone.spec.image_size)
+
+    def encode(self, last: Tensor) -> Tensor:
+        """``Features.last`` (N, C, h, w) to (N, numbers · size) float32."""
+        # The layer's size is fixed; where images are smaller than the backbone was made for, stretch the map.
+        return self.into(resize(last, self.side).flatten(1)).float()
+
+    def decode(self, code: Tensor, size: int) -> Tensor:
+        """(N, size of the code) to (N, 3, size, size) float32."""
+        maps = self.out(code).view(len(code), WIDTH, self.side, self.side)
+        return self.decoder(F.relu(maps), size)
+
+
+def bernoulli_divergence(logits: Tensor, images: Tensor) -> Tensor:
+    """(N, 3, H, W) each: binary cross-entropy in nats, less the images' own entropy, which is the least it can be.
+
+    images in [0, 1]. The gradient is that of the cross-entropy; a perfect answer scores 0, whatever the image.
+    """
+    entropy = -(torch.xlogy(images, images) + torch.xlogy(1 - images, 1 - images))
+    return F.binary_cross_entropy_with_logits(logits, images, reduction="none") - entropy

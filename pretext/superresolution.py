@@ -1,0 +1,104 @@
+"""Super-resolution: recover the image from its reduction to a half or a quarter.
+
+The network sees the reduction, enlarged again to full size by bicubic interpolation, and predicts what is missing to
+the original (VDSR, Kim et al. 2016, https://arxiv.org/abs/1511.04587): an untrained head is exactly as good as bicubic.
+What is missing is fine detail, so every stage of the backbone feeds the decoder (a feature pyramid, Lin et al. 2017,
+https://arxiv.org/abs/1612.03144): unlike in inpainting and denoising nothing can leak through a shallow stage, since
+the detail is in no stage's input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretext.decoder import GROUPS, resize
+from pretext.task import Batch, PretextTask, Recipe
+from unlabel.backbone import Backbone
+from unlabel.errors import UserError
+
+__all__ = ["SuperResolution", "psnr", "reduce"]
+
+
+@dataclass(frozen=True)
+class Config:
+    scale: Literal[2, 4] = 4
+    """Factor by which height and width are reduced."""
+    width: int = 32
+    """Channels of the decoder."""
+
+
+def reduce(images: Tensor, scale: int) -> Tensor:
+    """(N, C, H, W) in [0, 1] to (N, C, H / scale, W / scale): bicubic, antialiased, clipped to [0, 1]."""
+    size = [max(1, round(side / scale)) for side in images.shape[-2:]]
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+
+
+def enlarge(images: Tensor, size: int) -> Tensor:
+    """(N, C, h, w) to (N, C, size, size): bicubic, clipped to [0, 1]."""
+    return F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def psnr(guess: Tensor, images: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image, (N,) in dB, over all pixels and the three RGB channels, peak 1."""
+    error = (guess.float().clamp(0, 1) - images.float()).square().mean((1, 2, 3))
+    return -10 * error.clamp(min=1e-10).log10()
+
+
+class SuperResolution(PretextTask):
+    """``psnr_rgb``: mean over images of the peak signal-to-noise ratio in dB; the trivial score is bicubic's."""
+
+    Config = Config
+    metrics = {"psnr_rgb": "max"}  # noqa: RUF012
+    recipe = Recipe(optimizer="adamw", lr=2e-3, weight_decay=0.05, batch_size=128)
+    config: Config
+
+    def __init__(self, backbone: Backbone, config: Config) -> None:
+        super().__init__(backbone, config)
+        if config.scale not in (2, 4):
+            raise UserError(f"--superresolution.scale {config.scale}: 2 or 4")
+        if config.width < GROUPS or config.width % GROUPS:
+            raise UserError(f"--superresolution.width {config.width}: a multiple of {GROUPS}")
+        width = config.width
+        self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in backbone.stage_channels)
+        self.smooth = nn.Sequential(nn.GroupNorm(GROUPS, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
+        self.paint = nn.Sequential(nn.GroupNorm(GROUPS, width), nn.ReLU(), nn.Conv2d(width, 3, 3, padding=1))
+        last = self.paint[-1]
+        assert isinstance(last, nn.Conv2d)
+        assert last.bias is not None
+        nn.init.zeros_(last.weight)  # begin as bicubic
+        nn.init.zeros_(last.bias)
+
+    def blurred(self, batch: Batch) -> Tensor:
+        """(N, 3, H, W): the reduction, enlarged again."""
+        return enlarge(reduce(batch.images, self.config.scale), batch.images.shape[-1])
+
+    def predict(self, blurred: Tensor) -> Tensor:
+        """(N, 3, H, W) float32, in [0, 1] colours but not clipped: what training needs to see."""
+        stages = self.backbone(blurred.contiguous(memory_format=torch.channels_last)).stages.values()
+        top: Tensor | None = None
+        for stage, lateral in reversed(list(zip(stages, self.laterals, strict=True))):
+            here = lateral(stage)
+            top = here if top is None else here + F.interpolate(top, size=here.shape[-2:], mode="nearest")
+        assert top is not None
+        detail = self.paint(resize(self.smooth(top), blurred.shape[-1]))
+        return blurred + 0.1 * detail.float()  # detail is small: a tenth keeps the head's numbers near one
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        prediction = self.predict(self.blurred(batch))
+        # L1 is sharper than the squared error (Zhao et al. 2017); 4 brings it to the size of other tasks' losses.
+        loss = 4 * (prediction - batch.images).abs().mean((1, 2, 3)).mean()
+        return {"loss": loss, "psnr_rgb": psnr(prediction.detach(), batch.images).mean()}
+
+    def trivial(self, batch: Batch) -> dict[str, float]:
+        """Bicubic interpolation of the same reduction."""
+        return {"psnr_rgb": float(psnr(self.blurred(batch), batch.images).mean())}
+
+    @torch.no_grad()
+    def show(self, batch: Batch) -> dict[str, Tensor]:
+        blurred = self.blurred(batch)
+        return {"input": blurred, "target": batch.images, "prediction": self.predict(blurred).clamp(0, 1)}

@@ -1,0 +1,128 @@
+"""The autoencoder and the variational one: their losses against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Bernoulli, Normal, kl_divergence
+
+from pretext.autoencoder import Autoencoder
+from pretext.code import bernoulli_divergence
+from pretext.task import Batch
+from pretext.vae import VAE, divergence
+from unlabel.backbone import build_backbone
+from unlabel.draws import Draws
+from unlabel.errors import UserError
+
+
+def batch_of(images: torch.Tensor, epoch: int = 0, progress: float = 1.0) -> Batch:
+    return Batch(images, Draws(0, [epoch] * len(images), list(range(len(images)))), progress)
+
+
+def autoencoder(**settings) -> Autoencoder:
+    torch.manual_seed(0)
+    return Autoencoder(build_backbone("small", 32), Autoencoder.Config(**settings)).eval()
+
+
+def vae(**settings) -> VAE:
+    torch.manual_seed(0)
+    return VAE(build_backbone("small", 32), VAE.Config(**settings)).eval()
+
+
+def test_bernoulli_divergence_against_torch():
+    generator = torch.Generator().manual_seed(0)
+    images, logits = torch.rand(2, 3, 4, 4, generator=generator), torch.randn(2, 3, 4, 4, generator=generator)
+    want = kl_divergence(Bernoulli(probs=images), Bernoulli(logits=logits))
+    assert torch.allclose(bernoulli_divergence(logits, images), want, atol=1e-5)
+    exact = bernoulli_divergence(images.logit(), images)
+    assert exact.abs().max() < 1e-5
+    black_and_white = (images > 0.5).float()  # no entropy, and no NaN
+    want = torch.nn.functional.softplus(torch.where(black_and_white > 0, -logits, logits))
+    assert torch.allclose(bernoulli_divergence(logits, black_and_white), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+def test_everything_goes_through_the_code(loss: str, colour_photos: torch.Tensor):
+    """Two images of one code are painted alike, and the code is as small as was asked for."""
+    task = autoencoder(code=7, loss=loss)
+    features = task.backbone(colour_photos[:4])
+    code = task.code.encode(features.last)
+    assert code.shape == (4, 7)
+    painted = task.code.decode(code, 32)
+    assert torch.equal(painted, task.predict(colour_photos[:4]))
+    same = task.code.decode(code[:1].expand(4, -1), 32)
+    assert torch.allclose(same, painted[:1].expand(4, -1, -1, -1), atol=1e-5)
+    out = task(batch_of(colour_photos[:4]))
+    by_hand = ((task.paint(painted.detach()) - colour_photos[:4]) ** 2).mean()
+    assert float(out["error"]) == pytest.approx(float(by_hand), rel=1e-4)
+
+
+def test_divergence_against_torch():
+    generator = torch.Generator().manual_seed(0)
+    mean, log_variance = (torch.randn(5, 8, generator=generator) for _ in range(2))
+    want = kl_divergence(Normal(mean, (0.5 * log_variance).exp()), Normal(0.0, 1.0))
+    assert torch.allclose(divergence(mean, log_variance), want, atol=1e-5)
+    assert float(divergence(torch.zeros(1), torch.zeros(1))) == 0
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_the_loss_of_two_images_by_hand(likelihood: str, colour_photos: torch.Tensor):
+    """Summed over pixels, summed over the code, then averaged over the two."""
+    task = vae(code=3, likelihood=likelihood, deviation=0.2, beta=2.0, warmup=0.5)
+    images = colour_photos[:2]
+    batch = batch_of(images, progress=0.25)  # half of the warm-up: beta 1
+    mean, log_variance = task.encode(images)
+    noise = batch.draws.stream("vae").normal(3)
+    assert noise.shape == (2, 3)
+    painted = torch.sigmoid(task.code.decode(mean + torch.exp(log_variance / 2) * noise, 32))
+    x, p = images.detach().double().numpy(), painted.detach().double().numpy()
+    m, v = mean.detach().double().numpy(), log_variance.detach().double().exp().numpy()
+    total = 0.0
+    for k in range(2):
+        if likelihood == "bernoulli":
+            inside = np.clip(x[k], 1e-12, 1 - 1e-12)
+            missed = -(x[k] * np.log(p[k]) + (1 - x[k]) * np.log(1 - p[k])).sum()
+            missed += (inside * np.log(inside) + (1 - inside) * np.log(1 - inside)).sum()
+        else:
+            missed = ((p[k] - x[k]) ** 2 / 0.08 + math.log(0.2 * math.sqrt(2 * math.pi))).sum()
+        total += missed + 0.5 * (m[k] ** 2 + v[k] - 1 - np.log(v[k])).sum()
+    out = task(batch)
+    assert float(out["loss"].detach()) == pytest.approx(total / 2, rel=1e-4)
+    assert float(out["bound"]) == pytest.approx(total / 2, rel=1e-4)
+    assert task(batch_of(images, progress=0.5))["loss"] > out["loss"]  # beta 2
+
+
+def test_gradients_flow_through_the_draw(colour_photos: torch.Tensor):
+    task = vae(code=3, beta=0.0)
+    batch = batch_of(colour_photos[:2])
+    task(batch)["loss"].backward()
+    weight = task.code.into.weight.grad
+    assert weight is not None
+    assert weight[:3].abs().sum() > 0  # the means
+    assert weight[3:].abs().sum() > 0  # the variances, reached through the draw alone: beta is 0
+    fresh = task.sample(*task.encode(colour_photos[:2]), batch_of(colour_photos[:2], epoch=1))
+    assert not torch.equal(fresh, task.sample(*task.encode(colour_photos[:2]), batch))
+
+
+def test_a_collapsed_code_is_dead(colour_photos: torch.Tensor):
+    task = vae(code=4)
+    with torch.no_grad():
+        task.code.into.weight.zero_()
+        assert task.code.into.bias is not None
+        task.code.into.bias.zero_()
+        task.code.into.bias[0] = 1.0  # half a nat in the first number, nothing in the others
+    out = task(batch_of(colour_photos[:2]))
+    assert float(out["alive"]) == 0.25
+    assert float(out["information"]) == pytest.approx(0.5, abs=1e-5)
+
+
+def test_wrong_settings():
+    for settings in ({"code": 0}, {"loss": "l1"}):
+        with pytest.raises(UserError, match="autoencoder"):
+            autoencoder(**settings)
+    for settings in ({"code": 0}, {"likelihood": "x"}, {"deviation": 0.0}, {"beta": -1.0}, {"warmup": 2.0}):
+        with pytest.raises(UserError, match="vae"):
+            vae(**settings)
