@@ -3,7 +3,7 @@
     python scripts/cats_vs_dogs.py run --photos FOLDER      (labelled.tar.gz with cat/ and dog/, unlabelled.tar.gz)
 
 Cost: about six hours on two cores without bf16, perhaps four with it, of which two are pretraining (60 minutes of
-rotation, 20 of each task), a quarter of an hour probes, and the rest fine-tuning (an estimate: it is not through as one).
+rotation, 20 of each task), a quarter of an hour probes, the rest fine-tuning (an estimate: it never ran as one).
 
 Result (README.md has all of it, with intervals): with 50 labels per class, fine-tuned, 84.9 % of the test photos are
 right after an hour of rotation on cores with bf16, and 60.8 % from scratch; a linear probe of it 78.5 %, of random
