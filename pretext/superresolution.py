@@ -1,7 +1,7 @@
 """Super-resolution: recover the image from its reduction to a half or a quarter.
 
 The network sees the reduction, enlarged again to full size by bicubic interpolation, and predicts what is missing to
-the original (VDSR, Kim et al. 2016, https://arxiv.org/abs/1511.04587): an untrained head is exactly as good as bicubic.
+the original (VDSR, Kim et al. 2016, https://arxiv.org/abs/1511.04587): an untrained head is as good as bicubic.
 What is missing is fine detail, so every stage of the backbone feeds the decoder (a feature pyramid, Lin et al. 2017,
 https://arxiv.org/abs/1612.03144): unlike in inpainting and denoising nothing can leak through a shallow stage, since
 the detail is in no stage's input.
@@ -70,7 +70,7 @@ class SuperResolution(PretextTask):
         last = self.paint[-1]
         assert isinstance(last, nn.Conv2d)
         assert last.bias is not None
-        nn.init.zeros_(last.weight)  # begin as bicubic
+        nn.init.normal_(last.weight, std=1e-3)  # begin as bicubic, but for what a first gradient needs
         nn.init.zeros_(last.bias)
 
     def blurred(self, batch: Batch) -> Tensor:

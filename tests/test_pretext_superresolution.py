@@ -34,7 +34,7 @@ def test_psnr_by_hand():
 def test_an_untrained_head_is_bicubic(colour_photos: torch.Tensor):
     for scale in (2, 4):
         task, batch = make(scale=scale).eval(), batch_of(colour_photos[:8])
-        assert float(task(batch)["psnr_rgb"]) == pytest.approx(task.trivial(batch)["psnr_rgb"], abs=1e-4)
+        assert float(task(batch)["psnr_rgb"]) == pytest.approx(task.trivial(batch)["psnr_rgb"], abs=0.05)
         small = F.interpolate(batch.images, scale_factor=1 / scale, mode="bicubic", antialias=True).clamp(0, 1)
         assert torch.equal(reduce(batch.images, scale), small)
         assert small.shape[-1] == 32 // scale
