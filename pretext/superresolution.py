@@ -70,7 +70,7 @@ class SuperResolution(PretextTask):
         last = self.paint[-1]
         assert isinstance(last, nn.Conv2d)
         assert last.bias is not None
-        nn.init.normal_(last.weight, std=1e-3)  # begin as bicubic, but for what a first gradient needs
+        nn.init.normal_(last.weight, std=1e-4)  # begin as bicubic, but for what a first gradient needs
         nn.init.zeros_(last.bias)
 
     def blurred(self, batch: Batch) -> Tensor:
