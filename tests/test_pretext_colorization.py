@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +10,11 @@ import torch
 from pretext.colorization import BINS, Colorization, ab_bins, from_lab, rebalancing, soft_encoding, to_lab
 from pretext.task import Batch
 from unlabel.backbone import build_backbone
+from unlabel.config import PretrainConfig
 from unlabel.draws import Draws
 from unlabel.errors import UserError
+from unlabel.pretrain import pretrain
+from unlabel.report_origin import cost
 
 
 def batch_of(images: torch.Tensor, epoch: int = 0) -> Batch:
@@ -133,3 +139,16 @@ def test_wrong_settings():
         make(loss="l1")
     with pytest.raises(UserError, match="rebalance"):
         make(rebalance=1.0)
+
+
+def test_run_folder_and_report_say_that_it_was_shown_grey(digits_folder: Path, tmp_path: Path):
+    config = PretrainConfig(
+        tasks=("colorization",), data=(str(digits_folder),), out=tmp_path, image_size=32, epochs=0.05, batch_size=8
+    )
+    about = json.loads((pretrain(config) / "config.json").read_text())
+    assert about["data"]["shown_as"] == ["grey"]
+    entry = {"image_size": 32, "shown_as": ["grey"]}
+    page = cost({"provenance": {"runs": {"colorization": [entry]}}})
+    assert "32 px, grey" in page
+    assert "Downstream every network is shown RGB." in page
+    assert "grey" not in cost({"provenance": {"runs": {"rotation": [{**entry, "shown_as": ["RGB"]}]}}})
