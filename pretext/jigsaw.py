@@ -118,8 +118,9 @@ class Jigsaw(PretextTask):
         if config.width < 1:
             raise UserError(f"--jigsaw.width {config.width}: a number above zero")
         self.answers = config.permutations if config.mode == "permutation" else len(NEIGHBOURS)
-        self.register_buffer("orders", torch.from_numpy(permutations(max(24, config.permutations))), persistent=False)
         seen = 9 if config.mode == "permutation" else 2
+        if config.mode == "permutation":
+            self.register_buffer("orders", torch.from_numpy(permutations(config.permutations)), persistent=False)
         self.each = nn.Sequential(nn.Linear(backbone.channels, config.width), nn.ReLU())
         self.together = nn.Sequential(
             nn.Linear(seen * config.width, 4 * config.width), nn.ReLU(), nn.Linear(4 * config.width, self.answers)
