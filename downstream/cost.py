@@ -19,7 +19,8 @@ __all__ = ["print_cost"]
 def print_cost(table: Table, arms: Sequence[Arm]) -> None:
     """Image passes for features and for fine-tuning, at a speed that is measured here; fits of probes, counted."""
     known = f"; what is already in {table.out / 'cells'} is not done again" if (table.out / "cells").exists() else ""
-    plan, networks, fits, passes = list(table.plan()), 0, 0, 0
+    plan, networks, fits, passes, work = list(table.plan()), 0, 0, 0, 0.0
+    smaller = (table.image_size / ft.view_size(table.image_size)) ** 2  # work of a view that is not larger
     for arm in arms:
         protocols = arm.protocols(table.protocols)
         fits += len(arm.seeds) * len(plan) * sum(p != "finetune" for p in protocols)
@@ -29,13 +30,16 @@ def print_cost(table: Table, arms: Sequence[Arm]) -> None:
         for count, _ in plan:
             n, presets = table.labels(count), table.presets(count, arm.kind == "scratch")
             runs = [*presets, presets[-1]] if len(presets) > 1 else presets
-            passes += len(arm.seeds) * sum(p.steps * min(p.batch_size, n) for p in runs)
+            for p in runs:
+                seen = len(arm.seeds) * p.steps * min(p.batch_size, n)
+                passes += seen
+                work += seen * (1.0 if p.larger else smaller)
     there, back = _seconds_per_image(table)
     drawn = len(np.unique(np.concatenate([table.draws.indices(d, c) for c, d in plan])))
     images = networks * (drawn + len(table.test) + STATISTICS_IMAGES)
     print(f"cost: features of {images:,} images, about {images * there / 60:.1f} minutes, then {fits:,} fits{known}")
     if passes:
-        print(f"cost: fine-tuning passes {passes:,} images, about {passes * back / 60:.1f} minutes{known}")
+        print(f"cost: fine-tuning passes {passes:,} images, about {work * back / 60:.1f} minutes{known}")
 
 
 def _seconds_per_image(table: Table) -> tuple[float, float]:

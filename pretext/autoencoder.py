@@ -38,16 +38,21 @@ class Autoencoder(PretextTask):
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
         super().__init__(backbone, config)
+        name = type(self).__name__.lower()
         if config.code < 1:
-            raise UserError(f"--autoencoder.code {config.code}: at least one number")
+            raise UserError(f"--{name}.code {config.code}: at least one number")
         if config.loss not in ("bce", "mse"):
-            raise UserError(f"unknown --autoencoder.loss {config.loss!r}: bce or mse")
+            raise UserError(f"unknown --{name}.loss {config.loss!r}: bce or mse")
         self.code = Code(backbone, config.code)
+
+    def encode(self, normalised: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in normalised colours to codes (N, code) float32."""
+        features = self.backbone.forward_normalised(normalised.contiguous(memory_format=torch.channels_last))
+        return self.code.encode(features.last)
 
     def predict(self, images: Tensor) -> Tensor:
         """(N, 3, H, W): logits of colours (bce), or normalised colours (mse)."""
-        features = self.backbone(images.contiguous(memory_format=torch.channels_last))
-        return self.code.decode(self.code.encode(features.last), images.shape[-1])
+        return self.code.decode(self.encode(self.backbone.normalise(images)), images.shape[-1])
 
     def paint(self, predicted: Tensor) -> Tensor:
         """What ``predict`` gives, as colours in [0, 1]."""

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretext.decoder import Decoder, feature_side, resize
+from pretext.decoder import Decoder, DenseDecoder, feature_side, full, resize
 from unlabel.backbone import Backbone
+from unlabel.mlp import Mlp
 
 __all__ = ["Code", "bernoulli_divergence"]
 
@@ -15,22 +16,41 @@ WIDTH = 64  # channels of the smallest map of the decoder
 
 
 class Code(nn.Module):
-    """``numbers`` · ``size`` numbers per image, from which (the first ``size`` of them) an image is painted again."""
+    """``numbers`` · ``size`` numbers per image, from which (the first ``size`` of them) an image is painted again.
+
+    Behind a ConvNet the decoder is convolutional; behind a dense network it is its mirror image.
+    """
 
     def __init__(self, backbone: Backbone, size: int, numbers: int = 1) -> None:
         super().__init__()
         self.side = feature_side(backbone)
         self.into = nn.Linear(backbone.channels * self.side**2, numbers * size)
-        self.out = nn.Linear(size, WIDTH * self.side**2)
-        self.decoder = Decoder(WIDTH, self.side, backbone.spec.image_size)
+        self.decoder: nn.Module
+        if isinstance(backbone.model, Mlp):
+            self.decoder = DenseDecoder(size, backbone.model)
+        else:
+            self.decoder = FromCode(size, self.side, backbone.spec.image_size)
 
     def encode(self, last: Tensor) -> Tensor:
         """``Features.last`` (N, C, h, w) to (N, numbers · size) float32."""
         # The layer's size is fixed; where images are smaller than the backbone was made for, stretch the map.
-        return self.into(resize(last, self.side).flatten(1)).float()
+        return full(self.into(resize(last, self.side).flatten(1)))
 
     def decode(self, code: Tensor, size: int) -> Tensor:
         """(N, size of the code) to (N, 3, size, size) float32."""
+        return self.decoder(code, size)
+
+
+class FromCode(nn.Module):
+    """Codes (N, code) to images (N, 3, size, size): a linear layer to a small map, then ``Decoder``."""
+
+    def __init__(self, code: int, side: int, size: int) -> None:
+        super().__init__()
+        self.side = side
+        self.out = nn.Linear(code, WIDTH * side**2)
+        self.decoder = Decoder(WIDTH, side, size)
+
+    def forward(self, code: Tensor, size: int) -> Tensor:
         maps = self.out(code).view(len(code), WIDTH, self.side, self.side)
         return self.decoder(F.relu(maps), size)
 

@@ -1,4 +1,4 @@
-"""What the two tasks that paint pixels share: a light decoder without skip connections, and its error.
+"""What the tasks that paint pixels share: a light decoder without skip connections, and its error.
 
 No skips: a shallow feature map would carry the pixels past the deep stages, which would then have nothing to
 learn. Light: on a CPU the decoder costs a fraction of the backbone, which is what gets pretrained.
@@ -14,8 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlabel.backbone import Backbone
+from unlabel.mlp import Mlp, dense_layer
 
-__all__ = ["Decoder", "denormalise", "feature_side", "resize", "squared_error", "weighted_error"]
+__all__ = [
+    "Decoder",
+    "DenseDecoder",
+    "denormalise",
+    "feature_side",
+    "full",
+    "resize",
+    "squared_error",
+    "weighted_error",
+]
 
 GROUPS = 8  # of GroupNorm: unlike BatchNorm it knows no batch, so two processes equal one
 
@@ -57,9 +67,28 @@ class Decoder(nn.Module):
         return resize(self.layers(features).float(), size)
 
 
+class DenseDecoder(nn.Module):
+    """Codes (N, code) to images (N, 3, size, size): the layers of a dense network in reverse, without BatchNorm."""
+
+    def __init__(self, code: int, mirrored: Mlp) -> None:
+        super().__init__()
+        widths = [code, *reversed(mirrored.widths)] if mirrored.activation != "linear" else [code]
+        layers = [dense_layer(a, b, mirrored.activation, norm=False) for a, b in pairwise(widths)]
+        self.side = mirrored.size
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 3 * self.side**2))
+
+    def forward(self, code: Tensor, size: int) -> Tensor:
+        return resize(full(self.layers(code)).view(len(code), 3, self.side, self.side), size)
+
+
 def _block(before: int, after: int, kernel: int) -> tuple[nn.Module, ...]:
     conv = nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False)
     return conv, nn.GroupNorm(GROUPS, after), nn.ReLU(inplace=True)
+
+
+def full(x: Tensor) -> Tensor:
+    """In float32 where it was in less; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def weighted_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -68,7 +97,7 @@ def weighted_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor
     prediction, target (N, C, H, W); weight (N, 1, H, W) ≥ 0. Divided by the image's own sum of weights: the
     same constant error gives the same loss however much is weighted. An image without weight counts as 0.
     """
-    error = (prediction.float() - target.float()).square().mean(1, keepdim=True)
+    error = (full(prediction) - full(target)).square().mean(1, keepdim=True)
     total = weight.sum((1, 2, 3))
     per_image = (error * weight).sum((1, 2, 3)) / torch.where(total > 0, total, 1.0)
     return per_image.mean()

@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pretext import TASKS
+from pretext import TASKS, load_task
 from unlabel.checkpoint import file_sha256
 from unlabel.runfolder import hardware
 
@@ -70,7 +70,7 @@ def main() -> None:
     rows, moments = [], random.Random(args.seed)
     out = Path("results/kills.json")
     out.parent.mkdir(exist_ok=True)
-    wanted = [*([name] for name in TASKS), list(TASKS)]
+    wanted = [*([name] for name in TASKS), [name for name in TASKS if load_task(name).phases == 1]]
     if args.only:
         wanted = [args.only.split("+")]
         before = json.loads(out.read_text())

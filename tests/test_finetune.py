@@ -41,7 +41,7 @@ def test_steps_grow_with_the_labels():
 
     assert ft.presets_for(50, False, labels=100) == ft.presets_for(50, False)
     assert steps(False, 500) == {407}
-    assert steps(True, 500) == {1000}
+    assert steps(True, 500) == {1500}
     assert steps(False, 1_500) == {500}
     assert steps(False, 32_000) == {8 * 1000}
     assert steps(True, 32_000) == {16 * 1000}
@@ -138,6 +138,8 @@ def test_images_are_a_quarter_larger_than_in_pretraining(pretrained_at: int, tun
     assert seen == [(tuned_at, tuned_at)] * 2
     ft.predict_logits(tuned.model, images)
     assert seen == [(tuned_at, tuned_at)] * 4
+    ft.finetune(backbone, images, y, 2, [ft.Preset("short", 1, 1e-3, larger=False)])
+    assert seen[4:] == [(pretrained_at, pretrained_at)]
 
 
 def test_cutout_hides_one_square():

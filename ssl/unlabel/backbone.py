@@ -1,7 +1,8 @@
-"""The shared backbone: any timm ConvNet, seen as a list of stages. Build, save, load."""
+"""The shared backbone: any timm ConvNet (or a dense network), seen as a list of stages. Build, save, load."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from unlabel.checkpoint import write_atomic
 from unlabel.config import BACKBONES, plain
 from unlabel.errors import UserError
+from unlabel.mlp import Mlp, is_mlp, make_mlp
 
-__all__ = ["Backbone", "Features", "build_backbone", "channels_last", "load_backbone", "save_backbone", "stem_for"]
+__all__ = ["Backbone", "Features", "build_backbone", "channels_last", "load_backbone", "parameter_stages"]
+__all__ += ["save_backbone", "stem_for"]
 
 SMALL_IMAGE = 48  # px; below it `--stem auto` takes the small-image stem
 CHANGED_PREFIX = "unlabel_stem."  # marks weights that plain timm would put into a different stem
@@ -59,20 +62,13 @@ class Backbone(nn.Module):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
-        try:
-            model = timm.create_model(spec.name, pretrained=False, num_classes=0, **spec.kwargs)
-        except Exception as error:  # timm raises whatever its constructors raise
-            message = f"timm cannot build backbone {spec.name!r} ({error}); `unlabel list` names a few good ones"
-            raise UserError(message) from None
-        if not hasattr(model, "forward_intermediates"):
-            raise UserError(f"{spec.name!r} has no forward_intermediates in this timm: take another backbone")
-        self.model: Any = model
-        self.changed: tuple[str, ...] = _change_stem(model, spec.stem)
+        self.model: Any = make_mlp(spec.name, spec.image_size) if is_mlp(spec.name) else _from_timm(spec)
+        self.changed: tuple[str, ...] = _change_stem(self.model, spec.stem)
         self.frozen: tuple[str, ...] = ()
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
         try:
-            self.stage_names, self.stage_channels, self._picks = self._probe_stages()
+            self.stage_names, self.stage_channels, self.stage_maps = self._probe_stages()
         except UserError:
             raise
         except Exception as error:  # a transformer, or a stem that cannot be replaced by one convolution
@@ -95,13 +91,13 @@ class Backbone(nn.Module):
         self.train(was_training)
         if last.ndim != 4:
             raise UserError(f"{self.spec.name!r} is not a ConvNet: its features are not (N, C, H, W)")
-        picks: dict[int, int] = {}
+        picks: dict[str, int] = {}
         for k, m in enumerate(maps):
-            picks[round(64 / m.shape[-1])] = k
-        names = tuple(f"s{stride}" for stride in picks)
+            # Layers of a dense network have no stride: their place in it is the name.
+            picks[f"l{k + 1}" if isinstance(self.model, Mlp) else f"s{round(64 / m.shape[-1])}"] = k
         self.channels = int(last.shape[1])
         self.stride = round(64 / last.shape[-1])
-        return names, tuple(int(maps[k].shape[1]) for k in picks.values()), tuple(picks.values())
+        return tuple(picks), tuple(int(maps[k].shape[1]) for k in picks.values()), tuple(picks.values())
 
     def normalise(self, images: Tensor) -> Tensor:
         """Grey (N, 1, H, W) is repeated to three channels; then (x - mean) / std."""
@@ -115,8 +111,40 @@ class Backbone(nn.Module):
     def forward_normalised(self, x: Tensor) -> Features:
         """For tasks that hide or corrupt pixels after normalising."""
         last, maps = self.model.forward_intermediates(x)
-        stages = {n: maps[k] for n, k in zip(self.stage_names, self._picks, strict=True)}
+        stages = {n: maps[k] for n, k in zip(self.stage_names, self.stage_maps, strict=True)}
         return Features(stages, last)
+
+
+def parameter_stages(backbone: Backbone) -> dict[str, int]:
+    """Name of each weight in ``backbone.model`` to its stage, 0 … the number of stages - 1; the stem is in the first.
+
+    A weight belongs to the shallowest stage that it can change: found by gradient, so that it holds for every family
+    of networks. What is behind the last stage belongs to it; what changes nothing is left out.
+    """
+    probe = copy.deepcopy(backbone).eval()
+    names = [n for n, _ in probe.model.named_parameters()]
+    for p in probe.parameters():
+        p.requires_grad_(True)
+    size, device = probe.spec.image_size, next(probe.parameters()).device
+    features = probe(torch.rand(1, 3, size, size, device=device))
+    first: dict[str, int] = {}
+    for depth, stage in enumerate([*features.stages.values(), features.last]):
+        grads = torch.autograd.grad(stage.sum(), list(probe.model.parameters()), retain_graph=True, allow_unused=True)
+        for name, grad in zip(names, grads, strict=True):
+            if grad is not None:
+                first.setdefault(name, min(depth, len(features.stages) - 1))
+    return first
+
+
+def _from_timm(spec: Spec) -> nn.Module:
+    try:
+        model = timm.create_model(spec.name, pretrained=False, num_classes=0, **spec.kwargs)
+    except Exception as error:  # timm raises whatever its constructors raise
+        message = f"timm cannot build backbone {spec.name!r} ({error}); `unlabel list` names a few good ones"
+        raise UserError(message) from None
+    if not hasattr(model, "forward_intermediates"):
+        raise UserError(f"{spec.name!r} has no forward_intermediates in this timm: take another backbone")
+    return model
 
 
 def _change_stem(model: Any, stem: str) -> tuple[str, ...]:
@@ -126,6 +154,8 @@ def _change_stem(model: Any, stem: str) -> tuple[str, ...]:
     ``half`` is the default network's: one 5×5 convolution of stride 2 and no pooling.
     A deep stem, several convolutions in a row, is replaced as a whole.
     """
+    if isinstance(model, Mlp):
+        return tuple(model.state_dict())  # nothing of it is in plain timm
     if stem == "timm":
         return ()
     if stem not in ("small", "half"):
@@ -164,6 +194,10 @@ def channels_last(module: M) -> M:
 
 def stem_for(name: str, image_size: int, stem: str) -> str:
     """What ``auto`` means for this network at this size; any other stem is itself."""
+    if is_mlp(name):
+        if stem == "small":
+            raise UserError(f"--stem small: {name} has no stem to change")
+        return "timm"
     if stem != "auto":
         return stem
     own = BACKBONES.get(name)
@@ -171,12 +205,12 @@ def stem_for(name: str, image_size: int, stem: str) -> str:
 
 
 def build_backbone(name: str, image_size: int, stem: str = "auto", seed: int = 0) -> Backbone:
-    """A freshly initialised backbone. ``name`` is ``small`` (the default network for CPUs) or any timm ConvNet."""
+    """A freshly initialised backbone. ``name``: ``small`` (the default, for CPUs), any timm ConvNet, or ``mlp:…``."""
     own = BACKBONES.get(name)
     timm_name, kwargs = (own.timm_name, dict(own.kwargs)) if own else (name, {})
     stem = stem_for(name, image_size, stem)
     try:
-        cfg = timm.get_pretrained_cfg(timm_name)
+        cfg = None if is_mlp(name) else timm.get_pretrained_cfg(timm_name)
     except RuntimeError as error:
         raise UserError(f"unknown backbone {name!r} ({error}); `unlabel list` names a few good ones") from None
     mean, std = (cfg.mean, cfg.std) if cfg is not None else (Spec.mean, Spec.std)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["estimate_statistics"]
+__all__ = ["estimate_statistics", "frozen_statistics"]
 
 
 @torch.no_grad()
@@ -32,3 +33,16 @@ def estimate_statistics(backbone: nn.Module, batches: Iterable[Tensor]) -> int:
         layer.momentum = momentum
     backbone.train(was_training)
     return len(layers)
+
+
+@contextlib.contextmanager
+def frozen_statistics(backbone: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm uses its running statistics and does not move them; everything else stays in its mode."""
+    layers = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train()

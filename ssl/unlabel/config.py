@@ -50,6 +50,7 @@ SUGGESTED_BACKBONES: dict[str, str] = {
     "regnety_002": "2.8 M weights; quick",
     "efficientnet_b0": "4.0 M weights; few operations, slow on CPUs for its size",
     "mobilenetv3_small_100": "1.5 M weights; for phones",
+    "mlp:1000-500-250": "dense layers of these widths on flattened pixels; mlp:30:linear and others: without ReLU",
 }
 
 
@@ -66,7 +67,7 @@ class PretrainConfig:
     weights: tuple[float, ...] | None = None
     """One loss weight per task (default: all 1)."""
     backbone: str = "small"
-    """`small` or the name of a timm ConvNet."""
+    """`small`, the name of a timm ConvNet, or a dense network: `mlp:1000-500-250`."""
     stem: Literal["auto", "small", "timm"] = "auto"
     """auto: a small-image stem below 48 px."""
     image_size: int | None = None
@@ -180,7 +181,7 @@ class CompareConfig(FewLabels):
     seeds: int = 1
     """Pretraining seeds per arm; from three on, intervals are over seeds."""
     backbone: str = "small"
-    """`small` or the name of a timm ConvNet."""
+    """`small`, the name of a timm ConvNet, or a dense network: `mlp:1000-500-250`."""
     image_size: int | None = None
     """Pixels (default: the data's median short side, clamped to 32-224)."""
     epochs: float | None = None

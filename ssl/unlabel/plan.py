@@ -105,15 +105,20 @@ def make_plan(
 
 
 def measure(model: nn.Module, plan: Plan, batch_of: Batches, at_most: int) -> float:
-    """Seconds per step, averaged over the sizes that training goes through. The model itself is not touched.
+    """Seconds per step, averaged over the phases and the sizes of training. The model itself is not touched.
 
     Per size the median of up to ``at_most`` steps in MEASURE_SECONDS, but for the first two, which warm up.
     """
-    twin: Any = copy.deepcopy(model).train()
+    twin: Any = copy.deepcopy(model)
+    phases = max(task.phases for task in twin.tasks.values())
+    return sum(_measure_phase(twin, phase, plan, batch_of, at_most) for phase in range(phases)) / phases
+
+
+def _measure_phase(twin: Any, phase: int, plan: Plan, batch_of: Batches, at_most: int) -> float:
     for task in twin.tasks.values():
-        task.begin(0)
-    twin.to(batch_of.device)
-    optimizer = torch.optim.SGD(twin.parameters(), lr=0.0, momentum=0.9)
+        task.begin(phase)
+    twin.to(batch_of.device).train()
+    optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.0, momentum=0.9)
     total, steps = 0.0, 10_000
     batch_of.plan = replace(plan, steps=steps)
     at = 0.0

@@ -1,0 +1,131 @@
+"""The contractive autoencoder: its penalty against autograd's whole Jacobian, finite differences, and its escape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pretext.contractive import Contractive, squared_jacobian
+from pretext.task import Batch
+from unlabel.backbone import build_backbone
+from unlabel.batchnorm import frozen_statistics
+from unlabel.draws import Draws
+from unlabel.errors import UserError
+
+
+def make(backbone: str = "small", size: int = 32, **settings) -> Contractive:
+    torch.manual_seed(0)
+    return Contractive(build_backbone(backbone, size), Contractive.Config(**settings))
+
+
+def batch_of(images: torch.Tensor) -> Batch:
+    return Batch(images, Draws(0, [0] * len(images), list(range(len(images)))), 0.5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backbone", ["small", "mlp:24-12:tanh"])
+def test_exact_equals_the_whole_jacobian(backbone: str, training: bool, colour_photos: torch.Tensor):
+    """Per example, inside a batch, BatchNorm as it is used: running statistics, that the forward pass has moved."""
+    task = make(backbone, code=4, projections=0).train(training)
+    task.backbone.train(training)
+    batch = batch_of(colour_photos[:3])
+    task(batch)  # moves the statistics in training mode
+    found = task.sensitivity(batch)
+    assert task.backbone.training is training
+    assert all(
+        m.training is training for m in task.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    )
+    task.eval()
+    task.backbone.eval()
+    for k in range(3):
+        image = task.backbone.normalise(colour_photos[k : k + 1])
+        whole = torch.autograd.functional.jacobian(lambda x: task.encode(x)[0], image)
+        assert isinstance(whole, torch.Tensor)
+        assert whole.shape == (4, 1, 3, 32, 32)
+        assert float(found[k].detach()) == pytest.approx(float(whole.square().sum()) / 4, rel=1e-3)
+
+
+def test_the_estimate_is_unbiased(colour_photos: torch.Tensor):
+    exact = make("mlp:12:tanh", code=4, projections=0).eval()
+    estimate = make("mlp:12:tanh", code=4, projections=2000).eval()
+    for task in (exact, estimate):
+        task.backbone.eval()
+    want = exact.sensitivity(batch_of(colour_photos[:16])).mean().detach()
+    found = estimate.sensitivity(batch_of(colour_photos[:16])).mean().detach()
+    assert float(found) == pytest.approx(float(want), rel=0.01)
+
+
+def test_the_penaltys_own_gradient_against_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 1, 2, 3, generator=generator, dtype=torch.float64)
+    w = (torch.rand(4, 6, generator=generator, dtype=torch.float64) - 0.5).requires_grad_(True)
+
+    def penalty(weight: torch.Tensor) -> torch.Tensor:
+        x = images.clone().requires_grad_(True)
+        return squared_jacobian(torch.tanh(x.flatten(1) @ weight.T), x, None, 0).mean()
+
+    (gradient,) = torch.autograd.grad(penalty(w), w)
+    step = 1e-6
+    for i in range(4):
+        for j in range(6):
+            shift = torch.zeros_like(w)
+            shift[i, j] = step
+            slope = (penalty(w.detach() + shift) - penalty(w.detach() - shift)) / (2 * step)
+            assert float(gradient[i, j]) == pytest.approx(float(slope), rel=1e-5, abs=1e-8)
+    # Closed form for a tanh layer (Rifai 2011): sum over units of (1 - h²)² times the squared length of its weights.
+    h = torch.tanh(images.flatten(1) @ w.detach().T)
+    closed = ((1 - h.square()).square() * w.detach().square().sum(1)).sum(1).mean()
+    assert float(penalty(w).detach()) == pytest.approx(float(closed), rel=1e-9)
+
+
+def test_a_smaller_code_is_no_way_out(colour_photos: torch.Tensor):
+    task = make(code=8, projections=0).eval()
+    task.backbone.eval()
+    before = task.sensitivity(batch_of(colour_photos[:2])).detach()
+    with torch.no_grad():
+        task.code.into.weight.mul_(0.5)
+        assert task.code.into.bias is not None
+        task.code.into.bias.mul_(0.5)
+    assert torch.allclose(task.sensitivity(batch_of(colour_photos[:2])).detach(), before, rtol=0.02)
+
+
+def test_lbfgs_trains_it(colour_photos: torch.Tensor):
+    """The exact penalty is a smooth function of the weights: a line search finds its way down."""
+    task = make("mlp:16:tanh", code=4, projections=0, penalty=1.0).eval()
+    task.backbone.eval()
+    batch, losses = batch_of(colour_photos[:16]), []
+    optimizer = torch.optim.LBFGS(
+        [*task.parameters(), *task.backbone.parameters()], max_iter=30, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        out = task(batch)
+        out["loss"].backward()
+        losses.append([float(out["loss"].detach()), float(out["sensitivity"])])
+        return out["loss"]
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    first, last = np.array(losses[0]), np.array(losses[-1])
+    assert (last < 0.7 * first).all(), (first, last)
+
+
+def test_frozen_statistics_stay_and_come_back():
+    backbone = build_backbone("small", 32).train()
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    with frozen_statistics(backbone):
+        backbone(torch.rand(4, 3, 32, 32))
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+    backbone(torch.rand(4, 3, 32, 32))
+    assert not all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+
+
+def test_wrong_settings():
+    wrong: list[dict[str, Any]] = [{"code": 1}, {"loss": "l1"}, {"penalty": -1.0}, {"projections": -1}]
+    for settings in wrong:
+        with pytest.raises(UserError, match="contractive"):
+            make(**settings)
