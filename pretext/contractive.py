@@ -11,10 +11,12 @@ the mean of |Jᵀv|² over standard normal v is the squared norm of J (Hutchinso
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pretext import autoencoder
 from pretext.autoencoder import Autoencoder
@@ -52,6 +54,16 @@ def squared_jacobian(codes: Tensor, images: Tensor, draws: Draws | None, project
     return total / max(1, projections)
 
 
+class TwiceDifferentiable(TorchFunctionMode):
+    """Inside, the hard sigmoid (MobileNet's) is written as the clipped line that it is: torch has no second
+    derivative of its own form of it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.hardsigmoid:
+            return F.relu6(args[0] + 3) / 6
+        return func(*args, **(kwargs or {}))
+
+
 class Contractive(Autoencoder):
     """``error``: as the autoencoder's. ``sensitivity``: squared norm of the Jacobian in normalised colours, per number
     of the code: how much of the code white noise of variance 1 would change, to first order."""
@@ -77,7 +89,8 @@ class Contractive(Autoencoder):
         images = self.backbone.normalise(batch.images).detach().requires_grad_(True)
         # Second derivatives in full precision; and what autocast has cached was made with a graph of its own.
         with torch.enable_grad(), torch.autocast(images.device.type, enabled=False), frozen_statistics(self.backbone):
-            codes = self.encode(images)
+            with TwiceDifferentiable():
+                codes = self.encode(images)
             draws = batch.draws.stream("contractive")
             return squared_jacobian(codes, images, draws, self.config.projections) / self.config.code
 

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from pretext.contractive import Contractive, squared_jacobian
+from pretext.contractive import Contractive, TwiceDifferentiable, squared_jacobian
 from pretext.task import Batch
 from unlabel.backbone import build_backbone
 from unlabel.batchnorm import frozen_statistics
@@ -75,7 +76,7 @@ def test_the_penaltys_own_gradient_against_finite_differences():
             shift = torch.zeros_like(w)
             shift[i, j] = step
             slope = (penalty(w.detach() + shift) - penalty(w.detach() - shift)) / (2 * step)
-            assert float(gradient[i, j]) == pytest.approx(float(slope), rel=1e-5, abs=1e-8)
+            assert float(gradient[i, j]) == pytest.approx(float(slope.detach()), rel=1e-5, abs=1e-8)
     # Closed form for a tanh layer (Rifai 2011): sum over units of (1 - h²)² times the squared length of its weights.
     h = torch.tanh(images.flatten(1) @ w.detach().T)
     closed = ((1 - h.square()).square() * w.detach().square().sum(1)).sum(1).mean()
@@ -112,6 +113,15 @@ def test_lbfgs_trains_it(colour_photos: torch.Tensor):
     optimizer.step(closure)  # type: ignore[arg-type]
     first, last = np.array(losses[0]), np.array(losses[-1])
     assert (last < 0.7 * first).all(), (first, last)
+
+
+def test_the_clipped_line_is_the_hard_sigmoid():
+    x = torch.linspace(-5, 5, 41, requires_grad=True)
+    with TwiceDifferentiable():
+        line = F.hardsigmoid(x)
+        (slope,) = torch.autograd.grad(line.sum(), x, create_graph=True)
+    assert torch.allclose(line, F.hardsigmoid(x.detach()))
+    assert torch.allclose(slope.detach()[14:27], torch.full((13,), 1 / 6))
 
 
 def test_frozen_statistics_stay_and_come_back():
