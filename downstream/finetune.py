@@ -187,8 +187,8 @@ def _train(
             model.head.weight.mul_(0.1)
     optimizer = torch.optim.AdamW(_groups(model, preset))
     average = copy.deepcopy(model)
-    precision, size = pick_precision("auto", device), start.spec.image_size
-    size = view_size(size) if preset.larger else size
+    precision, own = pick_precision("auto", device), start.spec.image_size
+    size = view_size(own) if preset.larger else own
     labels = torch.as_tensor(y, device=device).long()
     batch_size = min(preset.batch_size, max(2, len(y)))
     for step in range(preset.steps):

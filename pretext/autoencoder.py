@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pretext.code import Code, bernoulli_divergence
-from pretext.decoder import denormalise, weighted_error
+from pretext.decoder import denormalise, mean_image_error, plain_error
 from pretext.task import Batch, PretextTask, Recipe
 from unlabel.backbone import Backbone
 from unlabel.errors import UserError
@@ -59,18 +59,17 @@ class Autoencoder(PretextTask):
         return predicted.sigmoid() if self.config.loss == "bce" else denormalise(self.backbone, predicted)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        predicted, everywhere = self.predict(batch.images), torch.ones_like(batch.images[:, :1])
+        predicted = self.predict(batch.images)
         if self.config.loss == "bce":
             loss = bernoulli_divergence(predicted, batch.images).mean()
         else:
-            loss = weighted_error(predicted, self.backbone.normalise(batch.images), everywhere)
-        error = weighted_error(self.paint(predicted.detach()), batch.images, everywhere)
+            loss = plain_error(predicted, self.backbone.normalise(batch.images))
+        error = plain_error(self.paint(predicted.detach()), batch.images)
         return {"loss": loss, "error": error}
 
     def trivial(self, batch: Batch) -> dict[str, float]:
         """The mean image of the batch, for every image: what a code that carries nothing could at best be turned to."""
-        mean = batch.images.mean(0, keepdim=True).expand_as(batch.images)
-        return {"error": float(weighted_error(mean, batch.images, torch.ones_like(batch.images[:, :1])))}
+        return {"error": mean_image_error(batch.images)}
 
     @torch.no_grad()
     def show(self, batch: Batch) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretext.decoder import Decoder, DenseDecoder, feature_side, full, resize
+from pretext.decoder import Decoder, DenseDecoder, at_least_float32, feature_side, resize
 from unlabel.backbone import Backbone
 from unlabel.mlp import Mlp
 
@@ -34,7 +34,7 @@ class Code(nn.Module):
     def encode(self, last: Tensor) -> Tensor:
         """``Features.last`` (N, C, h, w) to (N, numbers · size) float32."""
         # The layer's size is fixed; where images are smaller than the backbone was made for, stretch the map.
-        return full(self.into(resize(last, self.side).flatten(1)))
+        return at_least_float32(self.into(resize(last, self.side).flatten(1)))
 
     def decode(self, code: Tensor, size: int) -> Tensor:
         """(N, size of the code) to (N, 3, size, size) float32."""

@@ -19,9 +19,11 @@ from unlabel.mlp import Mlp, dense_layer
 __all__ = [
     "Decoder",
     "DenseDecoder",
+    "at_least_float32",
     "denormalise",
     "feature_side",
-    "full",
+    "mean_image_error",
+    "plain_error",
     "resize",
     "squared_error",
     "weighted_error",
@@ -78,7 +80,7 @@ class DenseDecoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 3 * self.side**2))
 
     def forward(self, code: Tensor, size: int) -> Tensor:
-        return resize(full(self.layers(code)).view(len(code), 3, self.side, self.side), size)
+        return resize(at_least_float32(self.layers(code)).view(len(code), 3, self.side, self.side), size)
 
 
 def _block(before: int, after: int, kernel: int) -> tuple[nn.Module, ...]:
@@ -86,7 +88,7 @@ def _block(before: int, after: int, kernel: int) -> tuple[nn.Module, ...]:
     return conv, nn.GroupNorm(GROUPS, after), nn.ReLU(inplace=True)
 
 
-def full(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """In float32 where it was in less; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -97,10 +99,20 @@ def weighted_error(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor
     prediction, target (N, C, H, W); weight (N, 1, H, W) ≥ 0. Divided by the image's own sum of weights: the
     same constant error gives the same loss however much is weighted. An image without weight counts as 0.
     """
-    error = (full(prediction) - full(target)).square().mean(1, keepdim=True)
+    error = (at_least_float32(prediction) - at_least_float32(target)).square().mean(1, keepdim=True)
     total = weight.sum((1, 2, 3))
     per_image = (error * weight).sum((1, 2, 3)) / torch.where(total > 0, total, 1.0)
     return per_image.mean()
+
+
+def plain_error(painted: Tensor, images: Tensor) -> Tensor:
+    """``weighted_error`` with the same weight everywhere."""
+    return weighted_error(painted, images, torch.ones_like(images[:, :1]))
+
+
+def mean_image_error(images: Tensor) -> float:
+    """``plain_error`` of the batch's mean image, for every image: what is left of a code that carries nothing."""
+    return float(plain_error(images.mean(0, keepdim=True).expand_as(images), images))
 
 
 def squared_error(backbone: Backbone, prediction: Tensor, images: Tensor, weight: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 The code may have more numbers than it would take to copy the image; a penalty keeps most of them at zero.
 ``l1``: the sum of the activations of each image (ReLU). The parts have length 1, so that a smaller code with larger
 parts, which would lower the penalty and change nothing, is not to be had.
-``kl``: each unit's mean activation over the batch (sigmoid) is drawn to ``target``: sum over units of
-KL(target ‖ mean). That mean is over all processes.
+``kl``: each unit's mean activation over the batch (sigmoid) is drawn to ``target``: the mean over units
+of KL(target ‖ mean activation). The activation's mean is over all processes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretext.decoder import denormalise, feature_side, resize, weighted_error
+from pretext.decoder import denormalise, feature_side, mean_image_error, plain_error, resize
 from pretext.task import Batch, PretextTask, Recipe
 from unlabel import distributed
 from unlabel.backbone import Backbone
@@ -106,24 +106,22 @@ class Sparse(PretextTask):
         return bernoulli_kl(self.config.target, distributed.mean(code.mean(0))).mean()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        images, everywhere = batch.images, torch.ones_like(batch.images[:, :1])
+        images = batch.images
         code = self.encode(images)
         painted = self.parts(code, images.shape[-1])
-        loss = weighted_error(painted, self.backbone.normalise(images), everywhere)
+        loss = plain_error(painted, self.backbone.normalise(images))
         loss = loss + self.config.weight * self.penalty(code, images[0].numel())
         code = code.detach()
         return {
             "loss": loss,
-            "error": weighted_error(denormalise(self.backbone, painted.detach()), images, everywhere),
+            "error": plain_error(denormalise(self.backbone, painted.detach()), images),
             "population": sparseness(code, 1).mean(),
             "lifetime": sparseness(code, 0).mean() if len(code) > 1 else code.new_zeros(()),
         }
 
     def trivial(self, batch: Batch) -> dict[str, float]:
         """The mean image of the batch for every image, from a code that is the same everywhere."""
-        mean = batch.images.mean(0, keepdim=True).expand_as(batch.images)
-        error = weighted_error(mean, batch.images, torch.ones_like(batch.images[:, :1]))
-        return {"error": float(error), "population": 0.0, "lifetime": 0.0}
+        return {"error": mean_image_error(batch.images), "population": 0.0, "lifetime": 0.0}
 
     @torch.no_grad()
     def show(self, batch: Batch) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretext.decoder import denormalise, resize, weighted_error
+from pretext.decoder import denormalise, plain_error, resize
 from pretext.task import Batch, PretextTask, Recipe
 from unlabel.backbone import Backbone, parameter_stages
 from unlabel.draws import Draws
@@ -80,7 +80,7 @@ class Stacked(PretextTask):
         self.cuts, sides = _cuts(backbone)
         self.stages = len(backbone.stage_names)
         self.phases = self.stages + bool(config.joint)
-        self.phase = 0
+        self.phase, self.settled = 0, []
         channels = [*backbone.stage_channels[:-1], backbone.channels]
         first = ToImage if isinstance(backbone.model, Mlp) else partial(Up, before=3)
         ups = [first(channels[0], side=backbone.spec.image_size)]
@@ -94,15 +94,24 @@ class Stacked(PretextTask):
             parameter.requires_grad_(here and name not in self.backbone.frozen)
         for k, up in enumerate(self.ups):
             up.requires_grad_(phase in (k, self.stages))
+        self.settled = self._settled() if phase < self.stages else []
+
+    def _settled(self) -> list[str]:
+        """The modules of the backbone all of whose weights belong to stages before this phase's."""
+        last: dict[str, int] = {}  # module -> the deepest stage that it holds weights of
+        for weight, stage in self.stage_of.items():
+            parts = weight.split(".")[:-1]
+            for k in range(1, len(parts) + 1):
+                name = ".".join(parts[:k])
+                last[name] = max(stage, last.get(name, 0))
+        return [name for name, stage in last.items() if stage < self.phase]
 
     def train(self, mode: bool = True) -> Stacked:
         """The stages before the one that learns stay in eval mode (the loop sets the backbone's mode first)."""
         super().train(mode)
-        if mode and self.phase < self.stages:
-            for name, module in self.backbone.model.named_modules():
-                under = [stage for n, stage in self.stage_of.items() if n.startswith(f"{name}.")]
-                if name and under and max(under) < self.phase:
-                    module.eval()
+        if mode:
+            for name in self.settled:
+                self.backbone.model.get_submodule(name).eval()
         return self
 
     def corrupt(self, clean: Tensor, draws: Draws) -> Tensor:
@@ -147,7 +156,7 @@ class Stacked(PretextTask):
         sides = [images.shape[-1], *(o.shape[-1] for o in outputs)]
         stage, down_to = (self.stages - 1, 0) if joint else (self.phase, self.phase)
         recovered, target = self.recovered(outputs[stage], stage, down_to, sides), target.float()
-        loss = weighted_error(recovered, target, torch.ones_like(target[:, :1]))
+        loss = plain_error(recovered, target)
         variance = target.var((0, 2, 3), correction=0).mean().clamp(min=1e-12)
         return {"loss": loss, "error": loss.detach() / variance}
 

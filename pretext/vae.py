@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pretext.code import Code, bernoulli_divergence
-from pretext.decoder import weighted_error
+from pretext.decoder import mean_image_error, plain_error
 from pretext.task import Batch, PretextTask, Recipe
 from unlabel.backbone import Backbone
 from unlabel.errors import UserError
@@ -98,7 +98,7 @@ class VAE(PretextTask):
         loss = (missed + self.beta(batch.progress) * information).mean()
         with torch.no_grad():
             from_mean = self.code.decode(mean, batch.images.shape[-1]).sigmoid()
-            error = weighted_error(from_mean, batch.images, torch.ones_like(batch.images[:, :1]))
+            error = plain_error(from_mean, batch.images)
         return {
             "loss": loss,
             "bound": (missed + information).mean().detach(),
@@ -112,8 +112,7 @@ class VAE(PretextTask):
         images = batch.images
         mean = images.mean(0, keepdim=True).expand_as(images)
         bound = self.missed(mean.clamp(1e-6, 1 - 1e-6).logit(), images).mean()
-        error = weighted_error(mean, images, torch.ones_like(images[:, :1]))
-        return {"bound": float(bound), "error": float(error), "information": 0.0, "alive": 0.0}
+        return {"bound": float(bound), "error": mean_image_error(images), "information": 0.0, "alive": 0.0}
 
     @torch.no_grad()
     def show(self, batch: Batch) -> dict[str, Tensor]:
