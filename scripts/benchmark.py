@@ -1,6 +1,6 @@
 """Pretraining against its limit, in one run on one machine.
 
-    python scripts/benchmark.py FOLDER_OF_PHOTOS          about three minutes on two cores
+    python scripts/benchmark.py FOLDER_OF_PHOTOS          about a minute for each task, on two cores
 
 Prints, for each task, the images/s of the real loop (reading, augmenting, drawing, training) and of the same model's
 forward, backward and optimiser step on a batch that is already in memory, and their ratio.

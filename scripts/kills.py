@@ -1,12 +1,12 @@
 """Six SIGKILLs at random moments, then the same command: the backbone must be the undisturbed run's, byte for byte.
 
-    python scripts/kills.py                                  about twenty minutes on two cores
+    python scripts/kills.py                                  five minutes or more for each task, on two cores
     python scripts/kills.py --data FOLDER --seed 1           other images, other moments
     python scripts/kills.py --only rotation+denoising        one row again, or one more
 
-For each task and for all of them summed. Each kill comes between the end of the start (imports, images) and a
-seventh of the training later, so that all six find the run alive; one that comes before the first checkpoint starts
-from nothing again. `continued_from` lists the steps that the runs went on from. Prints a line per run and writes
+For each task and for all of them summed that can be. Each kill comes between the end of the start (imports, images)
+and a seventh of the training later, so that all six find the run alive; one that comes before the first checkpoint
+starts from nothing again. `continued_from` lists the steps that the runs went on from. Prints a line per run and writes
 results/kills.json.
 """
 
