@@ -30,7 +30,7 @@ from downstream.probe import fit_head, fit_probe
 from unlabel.augment import clean
 from unlabel.backbone import Backbone, build_backbone, load_backbone, stem_for
 from unlabel.batchnorm import estimate_statistics
-from unlabel.cache import Rows
+from unlabel.cache import Rows, cache_side
 from unlabel.checkpoint import file_sha256, write_atomic
 from unlabel.draws import mix
 
@@ -90,6 +90,7 @@ class Table:
     out: Path
     top_layers: int | None = None
     unlabelled_id: str = ""
+    flip: bool = True  # of the random and scratch networks' images
 
     @property
     def draws(self) -> LabelDraws:
@@ -118,7 +119,10 @@ class Table:
 
     def fingerprint(self) -> str:
         parts = [*self.pool.hashes, "|", *self.test.hashes, *map(str, self.pool.y), *map(str, self.test.y)]
-        return hashlib.sha256("\n".join([*parts, str(self.image_size)]).encode()).hexdigest()
+        parts += [str(self.image_size)]
+        side = self.pool.pixels.shape[1]
+        parts += [] if side == cache_side(self.image_size) else [str(side)]  # small images are packed as they are
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def control_arms(protocols: Sequence[str], seeds: Sequence[int]) -> list[Arm]:
@@ -176,7 +180,8 @@ def network(arm: Arm, k: int, table: Table) -> Backbone:
     if arm.kind == "backbone":
         return load_backbone(arm.runs[k]).to(table.device)
     name, stem = table.backbone
-    backbone = build_backbone(name, table.image_size, stem, seed=mix(arm.seeds[k], "random") >> 33).to(table.device)
+    backbone = build_backbone(name, table.image_size, stem, mix(arm.seeds[k], "random") >> 33, table.flip)
+    backbone = backbone.to(table.device)
     if arm.kind == "random":
         clean_statistics(backbone, table, table.image_size)
     return backbone.eval()
@@ -270,6 +275,7 @@ class ArmFiller:
         if protocol == "finetune":
             presets = self.table.presets(count, self.arm.kind == "scratch")
             key += [ft.view_size(self.table.image_size), self.table.top_layers, [repr(p) for p in presets]]
+            key += [] if self.network.spec.flip else ["no flip"]
         cell = self.store.get(key)
         wanted = keep is not None and stored_key(keep) != self.store.digest(key)
         if cell is None or wanted:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from unlabel import augment
 from unlabel.backbone import Backbone
-from unlabel.cache import Rows
+from unlabel.cache import Pixels
 
 Block = tuple[str, str]  # a stage and how it is pooled: "1x1" or "2x2"
 
@@ -85,7 +85,7 @@ def standardised(
 
 def extract(
     backbone: Backbone,
-    images: np.ndarray | Rows,
+    images: Pixels,
     size: int,
     *,
     device: str | torch.device = "cpu",

@@ -195,7 +195,7 @@ def _train(
         epochs, indices = batch_at(seed, step, batch_size, len(y))
         draws = Draws(seed, epochs.tolist(), indices.tolist(), device=device)
         source = torch.from_numpy(np.array(images[indices])).to(device)
-        views = random_view(source, size, draws, area=(preset.crop, 1.0), ratio=1.25)
+        views = random_view(source, size, draws, area=(preset.crop, 1.0), ratio=1.25, flip=start.spec.flip)
         views = cutout(colour_jitter(views, draws, 0.2), draws)
         progress = step / preset.steps
         factor = min(1.0, (step + 1) / (0.1 * preset.steps)) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -240,7 +240,7 @@ def cutout(images: Tensor, draws: Draws, share: float = 0.3) -> Tensor:
 
 @torch.inference_mode()
 def predict_logits(model: Classifier, images: Any, batch_size: int = 256) -> np.ndarray:
-    """images (N, R, R, 3) uint8 to (N, K): log-probabilities averaged over the image and its mirror."""
+    """images (N, R, R, 3) uint8 to (N, K): log-probabilities, averaged over the image and (``flip``) its mirror."""
     device = next(model.parameters()).device
     size, out = view_size(model.backbone.spec.image_size), []
     model.eval()
@@ -248,7 +248,7 @@ def predict_logits(model: Classifier, images: Any, batch_size: int = 256) -> np.
         x = clean(torch.from_numpy(np.array(images[at : at + batch_size])).to(device), size)
         x = x.contiguous(memory_format=torch.channels_last)
         with autocast(device, pick_precision("auto", device)):
-            both = torch.stack([model(x), model(x.flip(3))])
+            both = torch.stack([model(v) for v in ([x, x.flip(3)] if model.backbone.spec.flip else [x])])
         out.append(both.float().log_softmax(-1).mean(0).cpu().numpy())
     return np.concatenate(out) if out else np.zeros((0, model.head.out_features), np.float32)
 

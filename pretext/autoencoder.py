@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pretext.code import Code, bernoulli_divergence
-from pretext.decoder import denormalise, mean_image_error, plain_error
+from pretext.decoder import GROUPS, denormalise, mean_image_error, plain_error
 from pretext.task import Batch, PretextTask, Recipe
 from unlabel.backbone import Backbone
 from unlabel.errors import UserError
@@ -26,6 +26,8 @@ class Config:
     """Numbers in the code."""
     loss: Literal["bce", "mse"] = "bce"
     """Binary cross-entropy of colours in [0, 1], or squared error of normalised colours."""
+    channels: int = 16
+    """Of the decoder's finest maps behind a ConvNet; coarser ones have up to four times as many. A multiple of 8."""
 
 
 class Autoencoder(PretextTask):
@@ -43,7 +45,9 @@ class Autoencoder(PretextTask):
             raise UserError(f"--{name}.code {config.code}: at least one number")
         if config.loss not in ("bce", "mse"):
             raise UserError(f"unknown --{name}.loss {config.loss!r}: bce or mse")
-        self.code = Code(backbone, config.code)
+        if config.channels < GROUPS or config.channels % GROUPS:
+            raise UserError(f"--{name}.channels {config.channels}: a multiple of {GROUPS}")
+        self.code = Code(backbone, config.code, fine=config.channels)
 
     def encode(self, normalised: Tensor) -> Tensor:
         """Images (N, 3, H, W) in normalised colours to codes (N, code) float32."""
@@ -57,6 +61,14 @@ class Autoencoder(PretextTask):
     def paint(self, predicted: Tensor) -> Tensor:
         """What ``predict`` gives, as colours in [0, 1]."""
         return predicted.sigmoid() if self.config.loss == "bce" else denormalise(self.backbone, predicted)
+
+    @torch.no_grad()
+    def to_code(self, images: Tensor) -> Tensor:
+        return self.encode(self.backbone.normalise(images))
+
+    @torch.no_grad()
+    def from_code(self, code: Tensor, size: int) -> Tensor:
+        return self.paint(self.code.decode(code, size))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         predicted = self.predict(batch.images)

@@ -12,8 +12,6 @@ from unlabel.mlp import Mlp
 
 __all__ = ["Code", "bernoulli_divergence"]
 
-WIDTH = 64  # channels of the smallest map of the decoder
-
 
 class Code(nn.Module):
     """``numbers`` · ``size`` numbers per image, from which (the first ``size`` of them) an image is painted again.
@@ -21,7 +19,7 @@ class Code(nn.Module):
     Behind a ConvNet the decoder is convolutional; behind a dense network it is its mirror image.
     """
 
-    def __init__(self, backbone: Backbone, size: int, numbers: int = 1) -> None:
+    def __init__(self, backbone: Backbone, size: int, numbers: int = 1, fine: int = 16) -> None:
         super().__init__()
         self.side = feature_side(backbone)
         self.into = nn.Linear(backbone.channels * self.side**2, numbers * size)
@@ -29,7 +27,7 @@ class Code(nn.Module):
         if isinstance(backbone.model, Mlp):
             self.decoder = DenseDecoder(size, backbone.model)
         else:
-            self.decoder = FromCode(size, self.side, backbone.spec.image_size)
+            self.decoder = FromCode(size, self.side, backbone.spec.image_size, fine)
 
     def encode(self, last: Tensor) -> Tensor:
         """``Features.last`` (N, C, h, w) to (N, numbers · size) float32."""
@@ -44,14 +42,14 @@ class Code(nn.Module):
 class FromCode(nn.Module):
     """Codes (N, code) to images (N, 3, size, size): a linear layer to a small map, then ``Decoder``."""
 
-    def __init__(self, code: int, side: int, size: int) -> None:
+    def __init__(self, code: int, side: int, size: int, fine: int) -> None:
         super().__init__()
-        self.side = side
-        self.out = nn.Linear(code, WIDTH * side**2)
-        self.decoder = Decoder(WIDTH, side, size)
+        self.shape = (4 * fine, side, side)
+        self.out = nn.Linear(code, 4 * fine * side**2)
+        self.decoder = Decoder(4 * fine, side, size, fine)
 
     def forward(self, code: Tensor, size: int) -> Tensor:
-        maps = self.out(code).view(len(code), WIDTH, self.side, self.side)
+        maps = self.out(code).view(len(code), *self.shape)
         return self.decoder(F.relu(maps), size)
 
 

@@ -120,7 +120,9 @@ class Colorization(PretextTask):
         self.register_buffer("steps", torch.zeros(()))
         side, size = feature_side(backbone), backbone.spec.image_size
         # The decoder stops at half of the size that it is told: here a quarter of the image's.
-        self.decoder = Decoder(backbone.channels, side, max(2 * side, size // 2), out=BINS if self.classes else 2)
+        self.decoder = Decoder(
+            backbone.channels, side, max(2 * side, size // 2), out=BINS if self.classes else 2, full=False
+        )
 
     def split(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Lightness (N, 1, H, W) in [0, 100] and colour (N, 2, h, w) at a quarter of the side."""
@@ -186,10 +188,14 @@ class Colorization(PretextTask):
         return {"colour_loss": float(loss), "ab_error": float((ab - mean).square().sum(1).mean().sqrt())}
 
     @torch.no_grad()
-    def show(self, batch: Batch) -> dict[str, Tensor]:
-        lightness, ab = self.split(batch.images)
+    def restore(self, images: Tensor, hidden: Tensor | None) -> Tensor:
+        """Colours for the lightness of each image; whatever colour it had is not looked at."""
+        lightness, ab = self.split(images)
         colour = self.colour(self.scores(lightness, ab.shape[-1]))
-        size = batch.images.shape[-2:]
-        painted = torch.cat([lightness, F.interpolate(colour, size=size, mode="bilinear")], 1)
+        return from_lab(torch.cat([lightness, F.interpolate(colour, size=images.shape[-2:], mode="bilinear")], 1))
+
+    @torch.no_grad()
+    def show(self, batch: Batch) -> dict[str, Tensor]:
+        lightness = self.split(batch.images)[0]
         grey = (lightness / 100).expand(-1, 3, -1, -1)
-        return {"input": grey, "target": batch.images, "prediction": from_lab(painted)}
+        return {"input": grey, "target": batch.images, "prediction": self.restore(batch.images, None)}

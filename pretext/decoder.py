@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unlabel.backbone import Backbone
+from unlabel.backbone import SMALL_IMAGE, Backbone
 from unlabel.mlp import Mlp, dense_layer
 
 __all__ = [
@@ -51,18 +51,26 @@ def resize(x: Tensor, side: int) -> Tensor:
 class Decoder(nn.Module):
     """Features (N, channels, h, w) to an image (N, out, size, size), float32; three numbers: normalised colours.
 
-    Doubles ``side`` by nearest-neighbour upsampling + 3×3 convolution (which leaves no checkerboard, Odena et
-    al. 2016) up to half the image's side, and the rest bilinearly: without skips the last octave holds little.
+    Doubles ``side`` by nearest-neighbour upsampling + 3×3 convolution (no checkerboard: Odena et al. 2016),
+    through the sides that halving ``size`` gives. ``full`` goes up to ``size``; else the last doubling is bilinear:
+    without skips the last octave of a photo holds little. Small images, whose strokes are a pixel or two, go all the
+    way by default.
     """
 
-    def __init__(self, channels: int, side: int, size: int, width: int = 64, out: int = 3) -> None:
+    def __init__(
+        self, channels: int, side: int, size: int, fine: int = 16, out: int = 3, full: bool | None = None
+    ) -> None:
         super().__init__()
-        doublings = max(0, math.ceil(math.log2(size / side)) - 1)
+        sides = [size]
+        while math.ceil(sides[0] / 2) > side:
+            sides.insert(0, math.ceil(sides[0] / 2))
+        full = size < SMALL_IMAGE if full is None else full
+        sides = sides if full else sides[:-1]
         # From the fine end: 16, 32, 64, 64 … channels, so that no level costs more than the coarse ones.
-        widths = [min(width, 16 << k) for k in reversed(range(doublings + 1))]
+        widths = [fine * min(4, 1 << k) for k in reversed(range(len(sides) + 1))]
         layers: list[nn.Module] = [*_block(channels, widths[0], 1)]
-        for before, after in pairwise(widths):
-            layers += [nn.Upsample(scale_factor=2, mode="nearest"), *_block(before, after, 3)]
+        for larger, (before, after) in zip(sides, pairwise(widths), strict=True):
+            layers += [nn.Upsample(size=larger, mode="nearest"), *_block(before, after, 3)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], out, 3, padding=1))
 
     def forward(self, features: Tensor, size: int) -> Tensor:

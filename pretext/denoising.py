@@ -95,6 +95,10 @@ class Denoising(PretextTask):
         features = self.backbone(noisy.contiguous(memory_format=torch.channels_last)).last
         return self.decoder(features, noisy.shape[-1])
 
+    @torch.no_grad()
+    def restore(self, images: Tensor, hidden: Tensor | None) -> Tensor:
+        return denormalise(self.backbone, self.predict(images))
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         noisy, touched = self.noisy(batch)
         prediction = self.predict(noisy)

@@ -142,6 +142,12 @@ class Inpainting(PretextTask):
         # The layer's size is fixed; where images are smaller than the backbone was made for, stretch the map.
         return self.decoder(self.middle(resize(features, self.middle.side)), images.shape[-1])
 
+    @torch.no_grad()
+    def restore(self, images: Tensor, hidden: Tensor | None) -> Tensor:
+        """What is hidden is painted, the rest stays as it is."""
+        assert hidden is not None
+        return torch.where(hidden, denormalise(self.backbone, self.predict(images, hidden)), images)
+
     def weight(self, hidden: Tensor) -> Tensor:
         """(N, 1, H, W) float32: 1 where hidden, ``overlap_weight`` in the band, exactly 0 elsewhere."""
         width = round(self.config.overlap * hidden.shape[-1] / 64)

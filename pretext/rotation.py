@@ -77,6 +77,13 @@ class Rotation(PretextTask):
             half, quarter = pairwise_accuracy(logits, labels)
         return {"loss": loss, "accuracy": hit, "half_turn_accuracy": half, "quarter_turn_accuracy": quarter}
 
+    @torch.no_grad()
+    def surprise(self, batch: Batch) -> Tensor:
+        """Mean over the four turns of - log p(the turn) (Golan & El-Yaniv 2018, https://arxiv.org/abs/1805.10917)."""
+        views, labels = four_rotations(batch.images)
+        loss = F.cross_entropy(self.logits(views).float(), labels, reduction="none")
+        return loss.view(4, -1).mean(0)
+
     def trivial(self, batch: Batch) -> dict[str, float]:
         return {"accuracy": 0.25, "half_turn_accuracy": 0.5, "quarter_turn_accuracy": 0.5}
 

@@ -96,6 +96,14 @@ class Sparse(PretextTask):
         z = self.into(resize(last, self.side).flatten(1)).float()
         return z.relu() if self.config.penalty == "l1" else z.sigmoid()
 
+    @torch.no_grad()
+    def to_code(self, images: Tensor) -> Tensor:
+        return self.encode(images)
+
+    @torch.no_grad()
+    def from_code(self, code: Tensor, size: int) -> Tensor:
+        return denormalise(self.backbone, self.parts(code, size))
+
     def penalty(self, code: Tensor, values: int) -> Tensor:
         """l1: the mean over images of an image's sum, per number of the image (``values``), as the error is.
 

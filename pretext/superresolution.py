@@ -88,6 +88,11 @@ class SuperResolution(PretextTask):
         detail = self.paint(resize(self.smooth(top), blurred.shape[-1]))
         return blurred + 0.1 * detail.float()  # detail is small: a tenth keeps the head's numbers near one
 
+    @torch.no_grad()
+    def restore(self, images: Tensor, hidden: Tensor | None) -> Tensor:
+        """Images that were enlarged, or are blurred, as if by ``scale``."""
+        return self.predict(images).clamp(0, 1)
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         prediction = self.predict(self.blurred(batch))
         # L1 is sharper than the squared error (Zhao et al. 2017); 4 brings it to the size of other tasks' losses.

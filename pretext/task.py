@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from unlabel.backbone import Backbone
@@ -74,3 +75,28 @@ class PretextTask(nn.Module):
     def show(self, batch: Batch) -> dict[str, Tensor]:
         """``"input"``, ``"target"``, ``"prediction"``: each (N, 3, H, W) in [0, 1], for previews."""
         raise NotImplementedError
+
+    # ---- What a trained task can be used for; each may be left out
+
+    @torch.no_grad()
+    def surprise(self, batch: Batch) -> Tensor:
+        """(N,): how badly the task does on each image, for ``unlabel anomalies``. By default the mean squared error."""
+        shown = self.show(batch)
+        return (shown["prediction"] - shown["target"]).square().mean((1, 2, 3))
+
+    def to_code(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] to codes (N, K), for ``unlabel compress`` and ``map``."""
+        raise NotImplementedError
+
+    def from_code(self, code: Tensor, size: int) -> Tensor:
+        """Codes (N, K) to images (N, 3, size, size) in [0, 1]."""
+        raise NotImplementedError
+
+    def restore(self, images: Tensor, hidden: Tensor | None) -> Tensor:
+        """Damaged images (N, 3, H, W) in [0, 1], and where they are hidden (N, 1, H, W), to whole ones."""
+        raise NotImplementedError
+
+    @classmethod
+    def can(cls, use: str) -> bool:
+        """Whether the task has one of the methods above: ``to_code``, ``from_code``, ``restore``."""
+        return getattr(cls, use) is not getattr(PretextTask, use)

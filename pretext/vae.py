@@ -74,6 +74,15 @@ class VAE(PretextTask):
         mean, log_variance = self.code.encode(last).chunk(2, dim=1)
         return mean, log_variance.clamp(-20, 10)
 
+    @torch.no_grad()
+    def to_code(self, images: Tensor) -> Tensor:
+        """The mean of each image's distribution."""
+        return self.encode(images)[0]
+
+    @torch.no_grad()
+    def from_code(self, code: Tensor, size: int) -> Tensor:
+        return self.code.decode(code, size).sigmoid()
+
     def sample(self, mean: Tensor, log_variance: Tensor, batch: Batch) -> Tensor:
         """A code of each distribution, through which gradients flow (reparameterisation, §2.4)."""
         return mean + (0.5 * log_variance).exp() * batch.draws.stream("vae").normal(self.config.code)

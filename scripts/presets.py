@@ -82,7 +82,7 @@ def main() -> None:
         table = OnePreset(
             pool, held, sample[:], ["cat", "dog"], (args.per_class,), args.draws, ("finetune",), ("small", "auto"),
             IMAGE_SIZE, device, args.out / "presets", None, "every so many",
-            changed(shipped[len(shipped) // 2], words),
+            preset=changed(shipped[len(shipped) // 2], words),
         )  # fmt: skip
         _, predictions = fill(table, [arm], None)
         right = (predictions[arm.name, "finetune", args.per_class, None] == held.y).mean(-1)[0]

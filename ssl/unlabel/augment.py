@@ -30,8 +30,9 @@ def clean(images: Tensor, size: int) -> Tensor:
 
 
 def random_view(
-    images: Tensor, size: int, draws: Draws, area: tuple[float, float] = (0.5, 1.0), ratio: float = 1.0
-) -> Tensor:
+    images: Tensor, size: int, draws: Draws, area: tuple[float, float] = (0.5, 1.0), ratio: float = 1.0,
+    flip: bool = True,
+) -> Tensor:  # fmt: skip
     """Random square crop, resized, and random left-right flip: uint8 (N, R, R, 3) to (N, 3, size, size).
 
     The crop takes ``area`` of the image and lies inside it: there is no padding whose border could tell a
@@ -44,9 +45,9 @@ def random_view(
     side = share.sqrt()
     stretch = ratio ** (2 * u[:, 4] - 1)
     width, height = (side * stretch.sqrt()).clamp_(max=1), (side / stretch.sqrt()).clamp_(max=1)
-    flip = torch.where(u[:, 3] < 0.5, -1.0, 1.0)
+    mirror = torch.where(u[:, 3] < 0.5, -1.0, 1.0) if flip else 1.0
     theta = torch.zeros(n, 2, 3, device=images.device)
-    theta[:, 0, 0], theta[:, 1, 1] = width * flip, height
+    theta[:, 0, 0], theta[:, 1, 1] = width * mirror, height
     # Centre of the crop in grid coordinates (-1 … 1), such that the crop stays inside.
     theta[:, 0, 2] = (2 * u[:, 1] - 1) * (1 - width)
     theta[:, 1, 2] = (2 * u[:, 2] - 1) * (1 - height)

@@ -51,6 +51,7 @@ class Spec:
     image_size: int = 64
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    flip: bool = True  # the mirror image of an image is another such image; false for digits and text
 
 
 class Backbone(nn.Module):
@@ -204,8 +205,11 @@ def stem_for(name: str, image_size: int, stem: str) -> str:
     return "small" if image_size < SMALL_IMAGE else (own.stem if own else "timm")
 
 
-def build_backbone(name: str, image_size: int, stem: str = "auto", seed: int = 0) -> Backbone:
-    """A freshly initialised backbone. ``name``: ``small`` (the default, for CPUs), any timm ConvNet, or ``mlp:…``."""
+def build_backbone(name: str, image_size: int, stem: str = "auto", seed: int = 0, flip: bool = True) -> Backbone:
+    """A freshly initialised backbone. ``name``: ``small`` (the default, for CPUs), any timm ConvNet, or ``mlp:…``.
+
+    ``flip``: whether it is trained on mirror images, too.
+    """
     own = BACKBONES.get(name)
     timm_name, kwargs = (own.timm_name, dict(own.kwargs)) if own else (name, {})
     stem = stem_for(name, image_size, stem)
@@ -216,7 +220,7 @@ def build_backbone(name: str, image_size: int, stem: str = "auto", seed: int = 0
     mean, std = (cfg.mean, cfg.std) if cfg is not None else (Spec.mean, Spec.std)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Backbone(Spec(timm_name, kwargs, stem, image_size, tuple(mean), tuple(std)))
+        return Backbone(Spec(timm_name, kwargs, stem, image_size, tuple(mean), tuple(std), flip))
 
 
 def _exported(backbone: Backbone) -> dict[str, Tensor]:
@@ -252,6 +256,7 @@ def spec_from_json(about: Mapping[str, Any]) -> Spec:
         int(about.get("image_size", 64)),
         tuple(float(v) for v in about.get("mean", Spec.mean)),
         tuple(float(v) for v in about.get("std", Spec.std)),
+        bool(about.get("flip", True)),
     )
 
 

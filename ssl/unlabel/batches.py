@@ -30,7 +30,7 @@ class Batches:
     plan: Plan
 
     def __init__(self, cache: ImageCache, config: PretrainConfig, device: torch.device) -> None:
-        self.cache, self.seed, self.device = cache, config.seed, device
+        self.cache, self.seed, self.flip, self.device = cache, config.seed, config.flip, device
 
     def _images(self, indices: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(self.cache.images[indices])).to(self.device, non_blocking=True)
@@ -47,7 +47,7 @@ class Batches:
         pixels = self._images(indices[mine])
         if isinstance(self.cache.images, Rows | Streamed) and step + 1 < plan.steps:
             self.cache.images.prefetch(batch_at(self.seed, step + 1, plan.batch_size, len(self.cache.names))[1][mine])
-        images = random_view(pixels, size, draws, plan.crop)
+        images = random_view(pixels, size, draws, plan.crop, flip=self.flip)
         return Batch(images, draws, progress)
 
     def fixed(self, n: int = 8) -> Any:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from unlabel.packing import load_or_pack
 from unlabel.sources import Source
 from unlabel.streaming import Streamed
 
-__all__ = ["ImageCache", "Rows", "TooManyBroken", "cache_side", "load_cache", "printable", "write_skipped"]
+__all__ = ["ImageCache", "Pixels", "Rows", "TooManyBroken", "cache_side", "load_cache", "printable", "write_skipped"]
 
 
 class TooManyBroken(UserError):
@@ -47,6 +48,9 @@ class Rows:
         return np.asarray(self.base[self.rows], dtype)
 
 
+Pixels: TypeAlias = "np.ndarray | Rows | Streamed"  # (N, R, R, 3) uint8
+
+
 @dataclass(frozen=True)
 class ImageCache:
     """The images of a source that could be decoded, in the order of the source. All fields have N rows.
@@ -57,7 +61,7 @@ class ImageCache:
     `skipped`, (name, reason) of what is missing; `fingerprint` of the source; `side` R in pixels.
     """
 
-    images: np.ndarray | Rows | Streamed
+    images: Pixels
     names: list[str]
     labels: list[str] | None
     hashes: list[str]
@@ -93,9 +97,13 @@ class ImageCache:
         )
 
 
-def cache_side(image_size: int) -> int:
-    """Side of the packed images for a network at `image_size`: a quarter more, so that crops can move."""
-    return round(1.25 * image_size)
+def cache_side(image_size: int, short_side: int | None = None) -> int:
+    """Side of the packed images for a network at `image_size`: a quarter more, so that crops can move.
+
+    But no more than the images have (`short_side`, where it is known): enlarging adds nothing, and it blurs digits.
+    """
+    wanted = round(1.25 * image_size)
+    return wanted if short_side is None else max(image_size, min(wanted, short_side))
 
 
 def load_cache(
@@ -109,12 +117,12 @@ def load_cache(
 ) -> ImageCache:
     """The packed images of `source`: read from the cache, or decoded now and kept there.
 
-    Each image is cropped to its central square and resized to `cache_side(image_size)` with antialiasing. `write`
+    Each image is cropped to its central square and resized to `cache_side` with antialiasing. `write`
     false keeps a new cache in memory only. One that would not fit on the disk is streamed, with a word on it.
     Raises TooManyBroken, after looking at every image, if more than the fraction `max_skipped` cannot be read, and
     UserError if the cache folder cannot be written.
     """
-    side = cache_side(image_size)
+    side = cache_side(image_size, source.short_side())
     index, images = load_or_pack(source, side, workers=workers, progress=progress, write=write)
     skipped = sorted(source.skipped + index.skipped)
     total = len(source) + len(source.skipped)

@@ -64,6 +64,36 @@ def predict(config: C.PredictConfig) -> None:
     predict(config)
 
 
+def restore(config: C.RestoreConfig) -> None:
+    from downstream.restore import restore
+
+    restore(config)
+
+
+def compress(config: C.CompressConfig) -> None:
+    from downstream.compress import compress
+
+    compress(config)
+
+
+def anomalies(config: C.AnomaliesConfig) -> None:
+    from downstream.anomalies import anomalies
+
+    anomalies(config)
+
+
+def draw_map(config: C.MapConfig) -> None:
+    from downstream.feature_map import draw_map
+
+    draw_map(config)
+
+
+def sample(config: C.SampleConfig) -> None:
+    from downstream.sample import sample
+
+    sample(config)
+
+
 def check(config: C.CheckConfig) -> int:
     from unlabel.check import run_check
 
@@ -96,6 +126,11 @@ COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int | None]]] = {
     "embed": (C.EmbedConfig, embed),
     "export": (C.ExportConfig, export),
     "predict": (C.PredictConfig, predict),
+    "restore": (C.RestoreConfig, restore),
+    "compress": (C.CompressConfig, compress),
+    "anomalies": (C.AnomaliesConfig, anomalies),
+    "map": (C.MapConfig, draw_map),
+    "sample": (C.SampleConfig, sample),
     "check": (C.CheckConfig, check),
     "list": (C.ListConfig, listing),
 }

@@ -73,7 +73,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     stem = spec.stem if spec.stem in ("small", "timm") else "auto"
     backbone = (about.get("settings", {}).get("backbone", spec.name), stem)
     arms = _with_controls([arm], config)
-    table = _table(config, split, backbone, spec.image_size, out)
+    table = _table(config, split, backbone, spec.image_size, out, spec.flip)
     print_cost(table, arms)
     overlap = {"overlap": {"test_in_pretraining": split.seen}, "left_out_of_pretraining": 0}
     return _fill_and_report(table, split, arms, 1, {"settings": plain(config), **overlap})
@@ -95,7 +95,7 @@ def compare(config: CompareConfig) -> Path:
     arms = _with_controls([*tasks, *also], config)
     split = split_data(config, image_size, pretraining, others)
     split.warnings.extend(notes)
-    table = _table(config, split, (config.backbone, "auto"), image_size, config.out)
+    table = _table(config, split, (config.backbone, "auto"), image_size, config.out, config.flip)
     each = f"{config.minutes:g} minutes" if config.minutes is not None else f"{config.epochs or EPOCHS:g} passes"
     print(f"cost: pretraining {len(tasks) * len(seeds)} × {each}, as far as it is not done")
     print_cost(table, arms)
@@ -137,7 +137,7 @@ def _pretrain_config(config: CompareConfig, name: str, seed: int, out: Path, ima
     return PretrainConfig(
         tasks=tasks, data=config.data, out=out, backbone=config.backbone, image_size=image_size,
         epochs=config.epochs, minutes=config.minutes, batch_size=config.batch_size, seed=seed, device=config.device,
-        precision=config.precision, max_skipped=config.max_skipped,
+        precision=config.precision, flip=config.flip, max_skipped=config.max_skipped,
         task_settings={t: config.task_settings[t] for t in tasks if t in config.task_settings},
     )  # fmt: skip
 
@@ -199,7 +199,9 @@ def _arm_name(run: Path, about: dict[str, Any]) -> str:
 # ---- Filling the table and writing it down
 
 
-def _table(config: FewLabels, split: Split, backbone: tuple[str, str], image_size: int, out: Path) -> ev.Table:
+def _table(
+    config: FewLabels, split: Split, backbone: tuple[str, str], image_size: int, out: Path, flip: bool = True
+) -> ev.Table:
     if config.top_layers is not None and config.top_layers < 1:
         raise UserError(f"--top-layers {config.top_layers}: train at least one stage")
     counts = label_counts(config, split.pool.y)
@@ -209,7 +211,7 @@ def _table(config: FewLabels, split: Split, backbone: tuple[str, str], image_siz
     table = ev.Table(
         split.pool, split.test, split.unlabelled.images, split.classes, counts, config.draws,
         tuple(dict.fromkeys(config.protocol)), backbone, image_size, pick_device(config.device), out, config.top_layers,
-        hashlib.sha256("".join(split.unlabelled.hashes).encode()).hexdigest(),
+        hashlib.sha256("".join(split.unlabelled.hashes).encode()).hexdigest(), flip,
     )  # fmt: skip
     shared = [str(c) for c in numbers if not table.draws.disjoint_at(c)]
     if shared:

@@ -92,6 +92,8 @@ class PretrainConfig:
     """Largest gradient norm; 0 turns clipping off."""
     crop: tuple[float, float] | None = None
     """Smallest and largest area of the random crop (default: the first task's)."""
+    flip: bool = True
+    """Random left-right flips; --no-flip for digits, text and whatever else its mirror image is not."""
     progressive: bool | None = None
     """Train on smaller images first; more passes in the same time (default: the first task's)."""
     seed: int = 0
@@ -190,6 +192,8 @@ class CompareConfig(FewLabels):
     """Minutes of pretraining per arm."""
     batch_size: int | None = None
     """Images per pretraining step (default: each task's)."""
+    flip: bool = True
+    """Random left-right flips, in pretraining and of labelled images; --no-flip for digits and text."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the hardware has it."""
     seed: int = 0
@@ -246,6 +250,108 @@ class PredictConfig:
     """Where to compute."""
     max_skipped: float = 0.01
     """Largest tolerated share of unreadable files."""
+
+
+@dataclass(frozen=True)
+class RestoreConfig:
+    """Repair images with a trained task: denoise, paint what is hidden, colour, enlarge."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A finished run of denoising, inpainting, colorization or superresolution."""
+    data: tuple[str, ...]
+    """Images: damaged ones, or whole ones with --damage."""
+    out: Path
+    """Folder for the repaired images, before-after.png and restored.json."""
+    damage: bool = False
+    """First damage the images as the task does in training; what they were is then the original."""
+    clean: str | None = None
+    """The originals, under the same names: PSNR and SSIM are measured against them."""
+    hidden: str | None = None
+    """Masks under the same names, bright where the image is hidden (inpainting)."""
+    task: str | None = None
+    """Which of the run's tasks (default: the first)."""
+    device: Device = "auto"
+    """Where to compute."""
+    max_skipped: float = 0.01
+    """Largest tolerated share of unreadable files."""
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """What a code of so many numbers keeps of an image, beside as many principal components."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Finished runs of autoencoder, vae, sparse or contractive."""
+    data: tuple[str, ...]
+    """Images to compress, best others than those of pretraining."""
+    train: tuple[str, ...] | None = None
+    """What principal components and frequencies are taken from (default: the first run's own images)."""
+    out: Path | None = None
+    """Where compression.html goes (default: RUN/compression)."""
+    device: Device = "auto"
+    """Where to compute."""
+    max_skipped: float = 0.01
+    """Largest tolerated share of unreadable files."""
+
+
+@dataclass(frozen=True)
+class AnomaliesConfig:
+    """Rank images by how strange they are to a run that was trained on normal ones."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A finished run."""
+    data: tuple[str, ...]
+    """Normal images: what the run was trained on, or others like them."""
+    test: tuple[str, ...] | None = None
+    """Images to rank (default: those of --data)."""
+    normal: tuple[str, ...] = ()
+    """Which classes of --test are normal; all others are anomalies. Asks for AUROC and average precision."""
+    labels: Path | None = None
+    """CSV of name,label for --test images that are not in class folders."""
+    out: Path | None = None
+    """Where anomalies.csv and anomalies.html go (default: RUN/anomalies)."""
+    device: Device = "auto"
+    """Where to compute."""
+    max_skipped: float = 0.01
+    """Largest tolerated share of unreadable files."""
+
+
+@dataclass(frozen=True)
+class MapConfig:
+    """A run's features in two dimensions, as a picture of thumbnails."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A finished run."""
+    data: tuple[str, ...]
+    """Images; first-level folders, if there are any, give the colours."""
+    labels: Path | None = None
+    """CSV of name,label for images that are not in class folders."""
+    method: Literal["tsne", "pca", "code"] = "tsne"
+    """How features become two numbers; `code`: the run's own code of two numbers."""
+    images: int = 2000
+    """At most so many, evenly spaced."""
+    out: Path | None = None
+    """Where map.png and map.csv go (default: RUN/map)."""
+    device: Device = "auto"
+    """Where to compute."""
+    max_skipped: float = 0.01
+    """Largest tolerated share of unreadable files."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Images that a variational autoencoder makes up, and walks from one image to another."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A finished run of vae."""
+    data: tuple[str, ...] | None = None
+    """Images to walk between (default: the run's own)."""
+    out: Path | None = None
+    """Where samples.png and walk.png go (default: RUN/samples)."""
+    seed: int = 0
+    """Of the codes."""
+    device: Device = "auto"
+    """Where to compute."""
 
 
 @dataclass(frozen=True)

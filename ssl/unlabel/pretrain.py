@@ -103,7 +103,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
 
     # ---- 3. The model: one backbone, and the heads of the tasks
     state = newest_state(run, about)
-    backbone = build_backbone(config.backbone, image_size, config.stem, seed=config.seed)
+    backbone = build_backbone(config.backbone, image_size, config.stem, config.seed, config.flip)
     if config.init is not None and state is None:
         start_from(backbone, config.init)
     with torch.random.fork_rng(devices=[]):

@@ -11,35 +11,15 @@ The parts: `report_text` (the answer, the plain table), `report_plots` and `repo
 from __future__ import annotations
 
 import json
-import os
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from unlabel import report_charts, report_origin, report_results
 from unlabel.errors import UserError
+from unlabel.page import css, write_page
 from unlabel.report_text import answer, format_table, title
 
 __all__ = ["accuracy_svg", "answer", "format_table", "write_report"]
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-      content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{title}</title>
-<style>
-{css}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
 
 
 def write_report(folder: Path) -> Path:
@@ -61,22 +41,12 @@ def write_report(folder: Path) -> Path:
         report_origin.reading(results),
         report_origin.provenance(folder, results, runs),
     ]
-    page = _PAGE.format(title=escape(title(results)), css=_css(), body="\n".join(filter(None, sections)))
-    path = folder / "report.html"
-    partial = folder / "report.html.tmp"
-    # A lone surrogate from a stranger's file name cannot be written as UTF-8.
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(partial, path)  # never half a page
-    return path
+    return write_page(folder / "report.html", title(results), sections)
 
 
 def accuracy_svg(results: dict[str, Any]) -> str:
     """Accuracy against labels per class with bands, as an SVG document of its own; "" without results."""
-    return report_charts.accuracy_svg(results, _css())
-
-
-def _css() -> str:
-    return Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    return report_charts.accuracy_svg(results, css())
 
 
 def _read_results(folder: Path) -> dict[str, Any]:

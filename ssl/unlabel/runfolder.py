@@ -6,11 +6,13 @@ import json
 import os
 import platform
 import subprocess
+from dataclasses import MISSING, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from unlabel.checkpoint import file_sha256, write_atomic
+from unlabel.config import PretrainConfig, plain
 from unlabel.distributed import world_size
 from unlabel.errors import UserError
 
@@ -80,7 +82,9 @@ class RunFolder:
 
     def same_or_refuse(self, settings: dict[str, Any], fingerprint: str) -> None:
         """A run is continued only with the settings and the data that it was begun with."""
-        old = self.about["settings"]
+        # A setting that did not exist when the run was begun had, in effect, today's default.
+        defaults = {f.name: plain(f.default) for f in fields(PretrainConfig) if f.default is not MISSING}
+        old = {k: v for k, v in defaults.items() if k in settings} | self.about["settings"]
         differing = [
             f"{k} was {old.get(k)!r}, now {settings.get(k)!r}"
             for k in sorted(old.keys() | settings.keys())

@@ -128,9 +128,13 @@ class Source:
         sides = [side for side in sides if side]
         return (int(statistics.median(sides)) if sides else None), digest.hexdigest()
 
+    def short_side(self) -> int | None:
+        """Median of the images' short sides in pixels, from the headers of up to 200; None if none can be read."""
+        return self._sample[0]
+
     def median_short_side(self) -> int:
-        """Median of the images' short sides in pixels, from the headers of up to 200. Raises UserError."""
-        side = self._sample[0]
+        """``short_side``, but a UserError if none can be read."""
+        side = self.short_side()
         if side is None:
             raise UserError(f"none of the images looked at in {self.spec} can be read; see unlabel check {self.spec}")
         return side

@@ -1,0 +1,169 @@
+"""`unlabel anomalies`: how strange is each image to a network that was trained on normal ones?
+
+| score | what |
+| --- | --- |
+| the task's name | how badly the task does on the image: - log p of the four turns (Golan 2018), or the squared error |
+| features | distance to the nearest normal images in the features of the last two stages |
+| pixels | the same in raw pixels |
+| components | squared error of 40 principal components of the pixels |
+| svm | one-class support vector machine on the pixels |
+
+Images are ranked by the first. It is fixed before any label is read; the others stand beside it as controls.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.neighbors import NearestNeighbors
+from sklearn.svm import OneClassSVM
+from tqdm import tqdm
+
+from downstream.compress import is_grey, seen
+from downstream.features import Block, extract, feature_stats, standardised
+from pretext.task import PretextTask
+from pretext.trained import batches, load_trained
+from unlabel.apply import safe_cell
+from unlabel.backbone import load_backbone
+from unlabel.cache import ImageCache, load_cache, printable
+from unlabel.checkpoint import write_atomic
+from unlabel.config import AnomaliesConfig
+from unlabel.distributed import pick_device
+from unlabel.errors import UserError
+from unlabel.page import embedded, write_page
+from unlabel.pictures import sheet, write_png
+from unlabel.report_html import html_table, show
+from unlabel.sources import open_source
+
+__all__ = ["anomalies", "score_images"]
+
+NEIGHBOURS = 3
+COMPONENTS = 40
+SIDE = 32  # px that the controls on pixels work at, at most
+AT_MOST = 10_000  # normal images that distances are taken to
+SVM_AT_MOST = 3000
+SHOWN = 16
+
+
+def score_images(
+    run: Path, normal: ImageCache, test: ImageCache, device: torch.device, same: bool = False
+) -> dict[str, np.ndarray]:
+    """Score name to (N,) scores of the ``test`` images, higher is stranger; that of the task is the first.
+
+    ``same``: the test images are the normal ones themselves, so none is its own neighbour.
+    """
+    task, backbone = load_trained(run).to(device), load_backbone(run).to(device)
+    task.backbone.to(device)
+    scores = {type(task).__name__.lower(): surprise(task, test)}
+    size = backbone.spec.image_size
+    few = normal.subset(_spread(len(normal), AT_MOST))
+    known = extract(backbone, few.images, size, device=device, progress="normal features")
+    blocks: list[Block] = [(stage, "2x2") for stage in known.stages[-2:]]
+    stats = feature_stats(known)
+    new = extract(backbone, test.images, size, device=device, progress="test features")
+    both = [standardised(f, blocks, stats, np.arange(len(f))) for f in (known, new)]
+    scores["features"] = near(both[0], both[1], same)
+    small = min(size, SIDE)
+    channels = 1 if is_grey(few.images) and is_grey(test.images) else 3
+    known_px, new_px = (seen(c, small, channels, len(c)).reshape(len(c), -1) for c in (few, test))
+    scores["pixels"] = near(known_px, new_px, same)
+    pca = PCA(min(COMPONENTS, *known_px.shape), svd_solver="randomized", random_state=0).fit(known_px)
+    left = new_px - pca.inverse_transform(pca.transform(new_px))
+    scores["components"] = np.square(left).sum(1)
+    machine = OneClassSVM(nu=0.1).fit(known_px[_spread(len(known_px), SVM_AT_MOST)])
+    scores["svm"] = -machine.decision_function(new_px)
+    return scores
+
+
+@torch.no_grad()
+def surprise(task: PretextTask, cache: ImageCache) -> np.ndarray:
+    """(N,): the task's own score."""
+    bar = tqdm(batches(task, cache.images), total=-(-len(cache) // 128), desc="score", unit="batch")
+    return np.concatenate([task.surprise(batch).float().cpu().numpy() for batch in bar])
+
+
+def near(known: np.ndarray, new: np.ndarray, same: bool) -> np.ndarray:
+    """(N,): mean distance of the rows of ``new`` to their nearest neighbours among ``known``."""
+    k = min(NEIGHBOURS + same, len(known))
+    distance, _ = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(known).kneighbors(new)
+    return distance[:, 1:].mean(1) if same and k > 1 else distance.mean(1)
+
+
+def _spread(n: int, at_most: int) -> np.ndarray:
+    return np.unique(np.linspace(0, n - 1, min(n, at_most)).round().astype(int))
+
+
+def judged(scores: dict[str, np.ndarray], strange: np.ndarray) -> dict[str, dict[str, float]]:
+    """Score name to area under the ROC curve and average precision; ``strange`` (N,) bool are the anomalies."""
+    return {
+        name: {
+            "auroc": float(roc_auc_score(strange, s)),
+            "average_precision": float(average_precision_score(strange, s)),
+        }
+        for name, s in scores.items()
+    }
+
+
+def anomalies(config: AnomaliesConfig) -> Path:
+    """Writes anomalies.csv (strangest first), anomalies.png, anomalies.html; and, with --normal, auroc.json."""
+    device, size = pick_device(config.device), load_backbone(config.run).spec.image_size
+    normal = load_cache(open_source(config.data), size, max_skipped=config.max_skipped)
+    test = normal
+    if config.test:
+        source = open_source(config.test, config.labels)
+        test = load_cache(source, size, max_skipped=config.max_skipped)
+    strange = _strange(config, test)
+    scores = score_images(config.run, normal, test, device, same=not config.test)
+    out, first = config.out or config.run / "anomalies", next(iter(scores))
+    order = np.argsort(-scores[first], kind="stable")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["name", *scores, *(["anomaly"] if strange is not None else [])])
+    for k in order:
+        row = [safe_cell(test.names[k]), *(f"{s[k]:.6g}" for s in scores.values())]
+        writer.writerow([*row, *([int(strange[k])] if strange is not None else [])])
+    write_atomic(out / "anomalies.csv", text.getvalue().encode("utf-8", "replace"))
+    rows = [np.array(test.images[k]) for k in (np.sort(order[:SHOWN]), np.sort(order[-SHOWN:]))]
+    ranks = [np.argsort(np.argsort(part)) for part in (order[:SHOWN], order[-SHOWN:])]
+    picture = write_png(out / "anomalies.png", sheet([r[p] for r, p in zip(rows, ranks, strict=True)]))
+    found = judged(scores, strange) if strange is not None else {}
+    if found:
+        about = {"normal": list(config.normal), "images": len(test), "anomalies": int(strange.sum()), "scores": found}  # type: ignore[union-attr]
+        write_atomic(out / "auroc.json", (json.dumps(about, indent=1) + "\n").encode())
+    for name, reason in test.skipped:
+        print(f"skipped {printable(name)}: {reason}")
+    for name, values in found.items():
+        print(f"{name:<14} AUROC {values['auroc']:.3f}  average precision {values['average_precision']:.3f}")
+    print(f"{out / 'anomalies.csv'}: {len(test):,} images, strangest first; open {_page(out, picture, found, first)}")
+    return out
+
+
+def _strange(config: AnomaliesConfig, test: ImageCache) -> np.ndarray | None:
+    if not config.normal:
+        return None
+    if test.labels is None:
+        raise UserError("--normal names classes, but the --test images have none: class folders, or --labels")
+    unknown = sorted(set(config.normal) - set(test.labels))
+    if unknown:
+        raise UserError(f"--normal {unknown[0]}: the classes of --test are {', '.join(sorted(set(test.labels)))}")
+    strange = np.array([label not in config.normal for label in test.labels])
+    if strange.all() or not strange.any():
+        raise UserError("every --test image is normal: there is nothing to tell apart")
+    return strange
+
+
+def _page(out: Path, picture: Path, found: dict[str, dict[str, float]], first: str) -> Path:
+    sections = ["<h1>The strangest images</h1>"]
+    sections.append(f"<p>Ranked by {show(first)}. Above the strangest, below the least strange.</p>")
+    sections.append(f"<figure>{embedded(picture, 'strangest and least strange images')}</figure>")
+    if found:
+        rows = [[show(k), show(v["auroc"], 3), show(v["average_precision"], 3)] for k, v in found.items()]
+        sections.append(html_table(["score", "AUROC", "average precision"], rows))
+    return write_page(out / "anomalies.html", "The strangest images", sections)

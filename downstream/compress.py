@@ -1,0 +1,275 @@
+"""`unlabel compress`: how small can an image be written, and what is lost? A task's code beside principal components.
+
+The error is the squared error of an image in [0, 1], summed over its pixels (the mean of the channels), averaged over
+the images (Hinton & Salakhutdinov 2006). The size is counted twice: in numbers, and in bits after the numbers have been
+rounded and coded: the length that an entropy coder reaches whose table of each number's frequencies was made from the
+pretraining images, - log2 p of each rounded number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+from tqdm import tqdm
+
+from pretext.task import PretextTask
+from pretext.trained import batches, load_trained
+from unlabel.augment import clean
+from unlabel.cache import ImageCache, Pixels, load_cache, printable
+from unlabel.checkpoint import write_atomic
+from unlabel.config import CompressConfig
+from unlabel.distributed import pick_device
+from unlabel.errors import UserError
+from unlabel.page import embedded, write_page
+from unlabel.pictures import sheet, to_uint8, write_png
+from unlabel.report_html import html_figure, html_table, show
+from unlabel.report_plots import Axis, Line, Panel, Point, Style, nice_axis
+from unlabel.sources import open_source
+
+__all__ = ["code_length", "compress", "data_of", "squared_error"]
+
+ROOM = 1 << 26  # values of the images that PCA is fitted on, at most
+STEPS = (2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)  # of rounding, in the code's standard deviations
+SHOWN = 16
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One way of writing an image: how many bits per pixel, and the error that is left."""
+
+    step: float
+    bits_per_pixel: float
+    error: float
+
+
+def squared_error(painted: np.ndarray, images: np.ndarray) -> float:
+    """(N, C, H, W) each: squared error summed over pixels, mean over channels and images."""
+    difference = painted.astype(np.float64) - images
+    return float(np.square(difference).sum((2, 3)).mean())
+
+
+def code_length(train: np.ndarray, test: np.ndarray) -> float:
+    """Mean bits per row of ``test`` (M, K), whole numbers, by the frequencies of ``train`` (N, K), column by column.
+
+    Each count is one more than was seen, and every value between the extremes of both is in the table, and one beyond
+    for what is outside it.
+    """
+    bits = 0.0
+    for a, b in zip(train.T, test.T, strict=True):
+        low, high = int(a.min()) - 1, int(a.max()) + 1
+        counts = np.bincount(np.clip(a, low, high) - low, minlength=high - low + 1) + 1.0
+        p = counts / counts.sum()
+        bits += float(-np.log2(p[np.clip(b, low, high) - low]).mean())
+    return bits
+
+
+class Principal:
+    """Principal components of the pixels, as codes."""
+
+    def __init__(self, images: np.ndarray, most: int) -> None:
+        rows = images.reshape(len(images), -1)
+        most = min(most, *rows.shape)
+        solver = "covariance_eigh" if rows.shape[1] <= 4096 else "randomized"
+        self.pca = PCA(most, svd_solver=solver, random_state=0).fit(rows)
+        self.shape = images.shape[1:]
+
+    def to_code(self, images: np.ndarray, size: int) -> np.ndarray:
+        return self.pca.transform(images.reshape(len(images), -1))[:, :size]
+
+    def from_code(self, code: np.ndarray) -> np.ndarray:
+        """Not clipped to [0, 1], so that it is the optimal linear code's error and no other."""
+        return (code @ np.asarray(self.pca.components_)[: code.shape[1]] + self.pca.mean_).reshape(-1, *self.shape)
+
+
+class Learned:
+    """A trained task's code, through the same two methods."""
+
+    def __init__(self, task: PretextTask) -> None:
+        self.task = task
+
+    @torch.inference_mode()
+    def to_code(self, images: Pixels, progress: str | None = None) -> np.ndarray:
+        """Of uint8 images (N, R, R, 3)."""
+        parts = [self.task.to_code(b.images).float().cpu().numpy() for b in _bar(self.task, images, progress)]
+        return np.concatenate(parts)
+
+    @torch.inference_mode()
+    def from_code(self, code: np.ndarray) -> np.ndarray:
+        size, device = self.task.backbone.spec.image_size, next(self.task.parameters()).device
+        parts = torch.from_numpy(code.astype(np.float32)).split(256)
+        return np.concatenate([self.task.from_code(p.to(device), size).float().cpu().numpy() for p in parts])
+
+
+def _bar(task: PretextTask, images: Pixels, progress: str | None) -> Any:
+    total = -(-len(images) // 128)
+    return tqdm(batches(task, images), total=total, desc=progress, unit="batch", disable=progress is None)
+
+
+def is_grey(images: Pixels) -> bool:
+    """Whether the three channels are the same in all images (N, R, R, 3)."""
+    parts = (images[at : at + 1024] for at in range(0, len(images), 1024))
+    return all(bool((p[..., :1] == p[..., 1:]).all()) for p in parts)
+
+
+def seen(cache: ImageCache, size: int, channels: int, at_most: int) -> np.ndarray:
+    """Up to ``at_most`` images, evenly spaced, as the task sees them: (N, channels, size, size) float32."""
+    rows = np.unique(np.linspace(0, len(cache) - 1, min(at_most, len(cache))).round().astype(int))
+    parts = np.array_split(rows, math.ceil(len(rows) / 1024))
+    views = (clean(torch.from_numpy(np.array(cache.images[p])), size)[:, :channels].numpy() for p in parts)
+    return np.concatenate(list(views))
+
+
+def rates(train: np.ndarray, test: np.ndarray, paint: Any, images: np.ndarray, pixels: int) -> list[Rate]:
+    """Error and size where the codes are rounded to multiples of ``STEPS`` of their own spread."""
+    spread = float(np.sqrt(train.var(0).mean()))
+    found = []
+    for step in STEPS:
+        grid = max(spread * step, 1e-12)
+        a, b = (np.round(code / grid).astype(np.int64) for code in (train, test))
+        found.append(Rate(step, code_length(a, b) / pixels, squared_error(paint(b * grid), images)))
+    return found
+
+
+def _channels(painted: np.ndarray, images: np.ndarray) -> np.ndarray:
+    return painted.mean(1, keepdims=True) if images.shape[1] == 1 else painted
+
+
+def compress(config: CompressConfig) -> Path:
+    """Every run's code beside as many principal components: compression.json, compression.html, examples.png."""
+    if not config.runs:
+        raise UserError("name at least one finished run of autoencoder, vae, sparse or contractive")
+    device = pick_device(config.device)
+    tasks = {run.resolve().name: load_trained(run).to(device) for run in config.runs}
+    if len(tasks) < len(config.runs):
+        raise UserError("two runs have the same folder name, by which they are known: rename one")
+    for run, task in zip(config.runs, tasks.values(), strict=True):
+        if not (task.can("to_code") and task.can("from_code")):
+            raise UserError(
+                f"{run}: {type(task).__name__.lower()} makes no code; an autoencoder, vae, sparse, contractive does"
+            )
+        task.backbone.to(device)
+    sizes = {task.backbone.spec.image_size for task in tasks.values()}
+    if len(sizes) > 1:
+        raise UserError(
+            f"the runs have images of {' and '.join(map(str, sorted(sizes)))} px: compare those of one size"
+        )
+    size = sizes.pop()
+    train = load_cache(open_source(config.train or data_of(config.runs[0])), size, max_skipped=config.max_skipped)
+    test = load_cache(open_source(config.data), size, max_skipped=config.max_skipped)
+    channels = 1 if is_grey(train.images) and is_grey(test.images) else 3
+    fit = seen(train, size, channels, ROOM // (channels * size**2))
+    images = seen(test, size, channels, len(test))
+    pixels, out = size * size, config.out or config.runs[0] / "compression"
+    codes = {name: Learned(task) for name, task in tasks.items()}
+    test_codes = {name: code.to_code(test.images, f"{name} code") for name, code in codes.items()}
+    numbers = sorted({c.shape[1] for c in test_codes.values()})
+    pca = Principal(fit, max(numbers))
+    train_rows = train.images[np.unique(np.linspace(0, len(train) - 1, min(10_000, len(train))).round().astype(int))]
+
+    some = np.unique(
+        np.linspace(0, len(images) - 1, SHOWN).round().astype(int)
+    )  # of all classes, where they are sorted
+    points, rows = [], [images[some]]
+    for name, code in codes.items():
+        test_code = test_codes[name]
+        paint = lambda c, code=code: _channels(code.from_code(c), images)  # noqa: E731
+        painted = paint(test_code)
+        rates_ = rates(code.to_code(train_rows), test_code, paint, images, pixels)
+        points.append(_point(name, test_code.shape[1], squared_error(painted, images), rates_))
+        rows.append(painted[some])
+    for n in sorted({*numbers, *(n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n < max(numbers))}):
+        test_code = pca.to_code(images, n)
+        painted = pca.from_code(test_code)
+        rates_ = rates(pca.to_code(fit[:10_000], n), test_code, pca.from_code, images, pixels) if n in numbers else []
+        points.append(_point("PCA", n, squared_error(painted, images), rates_))
+        if n in numbers:
+            rows.append(painted[some])
+    about = {
+        "images": len(test),
+        "pixels": pixels,
+        "channels": images.shape[1],
+        "fitted_on": len(fit),
+        "points": points,
+    }
+    write_atomic(out / "compression.json", (json.dumps(about, indent=1) + "\n").encode())
+    pictures = [to_uint8(torch.from_numpy(r).expand(-1, 3, -1, -1)) for r in rows]
+    examples = write_png(out / "examples.png", sheet(pictures))
+    page = _page(out, about, examples, ["the images", *codes, *(f"PCA, {n} numbers" for n in numbers)])
+    for name, reason in test.skipped:
+        print(f"skipped {printable(name)}: {reason}")
+    for p in points:
+        bits = "".join(f"  {r['bits_per_pixel']:.3f}: {r['error']:.2f}" for r in p["rates"])
+        print(
+            f"{p['name']:<24} {p['numbers']:>4} numbers  squared error {p['error']:8.3f}"
+            + (f"   bits per pixel{bits}" if bits else "")
+        )
+    print(f"open {page}")
+    return out
+
+
+def data_of(run: Path) -> tuple[str, ...]:
+    spec = json.loads((run / "config.json").read_text()).get("data", {}).get("spec")
+    if not spec:
+        raise UserError(f"{run} does not name its data: give --train")
+    return tuple(spec)
+
+
+def _point(name: str, numbers: int, error: float, found: list[Rate]) -> dict[str, Any]:
+    return {"name": name, "numbers": numbers, "error": error, "rates": [vars(r) for r in found]}
+
+
+def _page(out: Path, about: dict[str, Any], examples: Path, rows: list[str]) -> Path:
+    points = about["points"]
+    names = list(dict.fromkeys(p["name"] for p in points))
+    styles = {n: Style("control", "4 4", "square") if n == "PCA" else Style(f"a{k % 7}") for k, n in enumerate(names)}
+
+    def line(name: str, at: list[tuple[float, float]]) -> Line:
+        return Line(name, styles[name], [Point(x, y) for x, y in at], joined=len(at) > 1)
+
+    by_number = [line(n, [(math.log2(p["numbers"]), p["error"]) for p in points if p["name"] == n]) for n in names]
+    by_bits = [line(p["name"], [(r["bits_per_pixel"], r["error"]) for r in p["rates"]]) for p in points if p["rates"]]
+    largest = math.log2(max(p["numbers"] for p in points))
+    ticks = [(float(k), f"{2**k}") for k in range(int(largest) + 1)]
+    doublings = replace(nice_axis(0.0, max(largest, 1.0), "numbers in the code"), ticks=ticks)
+    panels = [
+        _panel("Squared error per image", by_number, doublings),
+        _panel("Squared error against bits", by_bits, nice_axis(0.0, _most(by_bits, "x"), "bits per pixel")),
+    ]
+    errors = html_table(
+        ["", "numbers", "squared error"],
+        [[show(p["name"]), show(p["numbers"]), show(p["error"], 2)] for p in points],
+        right=frozenset({1, 2}),
+    )
+    coded = [p for p in points if p["rates"]]
+    bits = html_table(
+        ["rounded to", *(f"{show(p['name'])}, {p['numbers']} numbers" for p in coded)],
+        [
+            [f"{step:g} σ", *(f"{p['rates'][k]['bits_per_pixel']:.3f}: {p['rates'][k]['error']:.2f}" for p in coded)]
+            for k, step in enumerate(STEPS)
+        ],
+        caption="bits per pixel: squared error then",
+    )
+    intro = (
+        f"<p>{about['images']:,} images of {about['pixels']:,} pixels. Squared error of an image in [0, 1], summed "
+        f"over its pixels{'' if about['channels'] == 1 else ', the mean of three channels'}. Principal components of "
+        f"{about['fitted_on']:,} images. Bits: what an entropy coder needs for the rounded code.</p>"
+    )
+    order = f"From top to bottom: {', '.join(rows)}."
+    figure = f"<figure>{embedded(examples, order)}<figcaption>{show(order)}</figcaption></figure>"
+    sections = ["<h1>What a code keeps</h1>", intro, html_figure(panels), figure, errors, bits]
+    return write_page(out / "compression.html", "What a code keeps", sections)
+
+
+def _panel(title: str, lines: list[Line], x: Axis) -> Panel:
+    return Panel(title, lines, x, nice_axis(0.0, _most(lines, "y")))
+
+
+def _most(lines: list[Line], axis: str) -> float:
+    return max(getattr(p, axis) for one in lines for p in one.points)

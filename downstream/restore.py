@@ -1,0 +1,123 @@
+"""`unlabel restore`: a trained task repairs images. The output has the size that the run was trained at, square."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from downstream.quality import WINDOW, ssim
+from pretext.superresolution import psnr
+from pretext.task import Batch, PretextTask
+from pretext.trained import batches, load_trained
+from unlabel.augment import clean
+from unlabel.cache import ImageCache, load_cache, printable
+from unlabel.checkpoint import write_atomic
+from unlabel.config import RestoreConfig
+from unlabel.distributed import pick_device
+from unlabel.errors import UserError
+from unlabel.pictures import sheet, to_uint8, write_png
+from unlabel.sources import open_source
+
+__all__ = ["restore"]
+
+SHOWN = 12
+
+
+def restore(config: RestoreConfig) -> Path:
+    """Writes DIR/restored/NAME.png, DIR/before-after.png (rows: before, after, original) and DIR/restored.json."""
+    task = load_trained(config.run, config.task).to(pick_device(config.device))
+    task.backbone.to(pick_device(config.device))
+    kind = type(task).__name__.lower()
+    if not task.can("restore"):
+        raise UserError(f"{kind} repairs nothing: train denoising, inpainting, colorization or superresolution")
+    if kind == "inpainting" and not (config.damage or config.hidden):
+        raise UserError("inpainting must know what is hidden: give masks by --hidden, or --damage to hide parts")
+    if config.damage and (config.clean or config.hidden):
+        raise UserError("--damage makes its own damage, and its images are the originals: no --clean, no --hidden")
+    size = task.backbone.spec.image_size
+    cache = load_cache(open_source(config.data), size, max_skipped=config.max_skipped)
+    originals = _like(cache, config.clean, size, "--clean") if config.clean else None
+    masks = _like(cache, config.hidden, size, "--hidden") if config.hidden else None
+
+    rows: list[list[np.ndarray]] = [[], [], []]
+    scores: dict[str, list[Tensor]] = {}
+    bar = tqdm(total=len(cache), desc="restore", unit="img")
+    done = 0
+    for batch in batches(task, cache.images):
+        at = slice(done, done + len(batch.images))
+        hidden = None if masks is None else _view(masks, at, size).mean(1, keepdim=True).to(batch.images.device) > 0.5
+        before, after = _repaired(task, batch, hidden, config.damage)
+        original = batch.images if config.damage else None if originals is None else _view(originals, at, size)
+        for name, image in zip(cache.names[at], to_uint8(after), strict=True):
+            write_png(_inside(config.out / "restored", name), image)
+        if original is not None:
+            original = original.to(after.device)
+            for key, image in (("before", before), ("after", after)):
+                scores.setdefault(f"psnr_{key}", []).append(psnr(image, original).cpu())
+                if size >= WINDOW:
+                    scores.setdefault(f"ssim_{key}", []).append(ssim(image.clamp(0, 1), original).cpu())
+        for row, images in zip(rows, (before, after, original), strict=True):
+            if images is not None and done < SHOWN:
+                row.extend(to_uint8(images)[: SHOWN - done])
+        done += len(batch.images)
+        bar.update(len(batch.images))
+    bar.close()
+    found = {k: float(torch.cat(v).mean()) for k, v in scores.items()}
+    about = {"run": config.run.resolve().name, "task": kind, "images": len(cache), **found}
+    write_atomic(config.out / "restored.json", (json.dumps(about, indent=1) + "\n").encode())
+    picture = write_png(config.out / "before-after.png", sheet([np.stack(r) for r in rows if r]))
+    for name, reason in cache.skipped:
+        print(f"skipped {printable(name)}: {reason}")
+    for measure, unit in (("psnr", " dB"), ("ssim", "")):
+        if f"{measure}_after" in found:
+            before, after = found[f"{measure}_before"], found[f"{measure}_after"]
+            print(
+                f"{measure.upper()} {before:.3f}{unit} before, {after:.3f}{unit} after (mean of {len(cache):,} images)"
+            )
+    print(f"{config.out / 'restored'}: {len(cache):,} images of {size} × {size} px; open {picture}")
+    return config.out
+
+
+@torch.no_grad()
+def _repaired(task: PretextTask, batch: Batch, hidden: Tensor | None, damage: bool) -> tuple[Tensor, Tensor]:
+    """Before and after, (N, 3, H, W) in [0, 1] each."""
+    if damage:
+        shown = task.show(batch)
+        return shown["input"], shown["prediction"]
+    after = task.restore(batch.images, hidden)
+    before = batch.images
+    return (before if hidden is None else before.masked_fill(hidden, 0.5)), after
+
+
+def _like(cache: ImageCache, spec: str, size: int, option: str) -> ImageCache:
+    """The images of ``spec`` that have the names of ``cache``'s, suffix aside, in its order."""
+    other = load_cache(open_source(spec), size, max_skipped=1.0)
+    at = {_stem(name): k for k, name in enumerate(other.names)}
+    missing = [name for name in cache.names if _stem(name) not in at]
+    if missing:
+        raise UserError(
+            f"{option} {spec} has no image for {missing[0]!r}; {len(missing):,} of {len(cache):,} are missing"
+        )
+    return other.subset([at[_stem(name)] for name in cache.names])
+
+
+def _stem(name: str) -> str:
+    return name.rsplit(".", 1)[0]
+
+
+def _view(cache: ImageCache, at: slice, size: int) -> Tensor:
+    rows = np.arange(len(cache))[at]
+    return clean(torch.from_numpy(np.array(cache.images[rows])), size)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Where the image of this name goes; never outside of ``folder``."""
+    path = folder / f"{_stem(printable(name))}.png"
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{name!r} would be written outside of {folder}")
+    return path

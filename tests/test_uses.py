@@ -1,0 +1,341 @@
+"""What a trained task is used for: compress, anomalies, map, sample, restore. On real digits and real short runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.decomposition import PCA
+
+from downstream import anomalies as an
+from downstream.compress import code_length, seen, squared_error
+from downstream.feature_map import flat, neighbours_agree
+from downstream.quality import ssim
+from pretext.trained import batches, load_trained
+from unlabel.augment import clean
+from unlabel.backbone import load_backbone
+from unlabel.cache import load_cache
+from unlabel.cli import main
+from unlabel.pictures import COLOURS, scatter, sheet
+from unlabel.sources import open_source
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def runs(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A short run of each task that is asked for, made once."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def run(task: str, *flags: str, name: str = "", data: Path = digits_folder) -> Path:
+        out = root / (name or task)
+        command = ["pretrain", task, "--data", str(data), "--image-size", str(SIZE), "--out", str(out), "--no-flip"]
+        assert main([*command, "--epochs", "3", "--precision", "fp32", *flags]) == 0
+        return out
+
+    return run
+
+
+# ---------------------------------------------------------------- a trained task
+
+
+def test_a_trained_task_does_what_it_did_at_the_end_of_training(runs, digits_folder: Path):
+    """The loss of the loaded task is what its last previews came from: the same picture, pixel by pixel."""
+    run = runs("denoising")
+    task = load_trained(run)
+    cache = load_cache(open_source(str(digits_folder)), SIZE, progress=False)
+    batch = next(batches(task, cache.images[:8]))
+    shown = task.show(type(batch)(batch.images, batch.draws.stream("denoising"), 1.0))["prediction"]
+    last = np.asarray(Image.open(sorted((run / "previews").glob("*.png"))[-1]).convert("RGB"))
+    side = 96 + 2  # previews are enlarged to 96 px, with 2 px between them
+    for k in range(8):
+        row = last[2 * side + 2 + 3 : 2 * side + 2 + 96 : 6, 2 + k * side + 3 : 2 + k * side + 96 : 6]
+        expected = (shown[k] * 255).round().byte().permute(1, 2, 0).numpy()
+        assert np.abs(row.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_what_is_not_there_is_said(runs, tmp_path: Path, capsys):
+    run = runs("denoising")
+    for command, words in [
+        (["compress", str(run), "--data", "digits"], "makes no code"),
+        (["compress", "--data", "digits"], "name at least one finished run"),
+        (["sample", str(run)], "no distribution"),
+        (["map", str(run), "--data", "digits", "--method", "code"], "makes no code"),
+        (
+            ["restore", str(run), "--data", "digits", "--task", "rotation", "--out", str(tmp_path)],
+            "was not trained with",
+        ),
+        (["anomalies", str(run), "--data", "digits", "--test", "digits", "--normal", "cat"], "--normal cat"),
+        (["anomalies", str(tmp_path), "--data", "digits"], "no backbone"),
+    ]:
+        assert main(command) == 2
+        assert words in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- compress
+
+
+def test_squared_error_is_summed_over_pixels():
+    """Two images of 2x2 pixels, by hand: one is off by 0.5 in one pixel, the other by 1 in all four."""
+    images = np.zeros((2, 1, 2, 2))
+    painted = images.copy()
+    painted[0, 0, 0, 1], painted[1] = 0.5, 1
+    assert squared_error(painted, images) == pytest.approx((0.25 + 4) / 2)
+    three = [np.repeat(x, 3, 1) for x in (painted, images)]
+    assert squared_error(*three) == pytest.approx((0.25 + 4) / 2)
+
+
+def test_code_length_is_the_entropy_of_what_is_expected():
+    """Fair coins cost a bit each, a certainty nothing; what the table did not expect costs more."""
+    rng = np.random.default_rng(0)
+    train, test = rng.integers(0, 2, (100_000, 3)), rng.integers(0, 2, (50_000, 3))
+    assert code_length(train, test) == pytest.approx(3, abs=0.01)
+    certain = np.zeros((100_000, 1), int)
+    assert code_length(certain, certain[:10]) == pytest.approx(0, abs=1e-3)
+    assert code_length(certain, certain[:10] + 7) > 10
+    skewed = (rng.random((100_000, 1)) < 0.1).astype(int)
+    h = -(0.1 * np.log2(0.1) + 0.9 * np.log2(0.9))
+    assert code_length(skewed, skewed) == pytest.approx(h, abs=0.01)
+
+
+def test_compress_writes_what_scikit_learn_says(runs, digits_folder: Path, tmp_path: Path, capsys):
+    run = runs("autoencoder", "--autoencoder.code", "8", "--autoencoder.loss", "mse")
+    assert main(["compress", str(run), "--data", str(digits_folder), "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "compression.json").read_text())
+    cache = load_cache(open_source(str(digits_folder)), SIZE, progress=False)
+    rows = seen(cache, SIZE, 1, 10_000).reshape(len(cache), -1).astype(np.float64)
+    assert rows.shape[1] == SIZE**2  # grey: one channel
+    for point in found["points"]:
+        if point["name"] == "PCA":
+            pca = PCA(point["numbers"]).fit(rows)
+            left = np.square(rows - pca.inverse_transform(pca.transform(rows))).sum(1).mean()
+            assert point["error"] == pytest.approx(left, rel=1e-3)
+    own = next(p for p in found["points"] if p["name"] == "autoencoder")
+    task = load_trained(run)
+    images = clean(torch.from_numpy(np.array(cache.images)), SIZE)
+    painted = task.from_code(task.to_code(images), SIZE).mean(1)
+    assert own["numbers"] == 8
+    assert own["error"] == pytest.approx(float((painted - images[:, 0]).square().sum((1, 2)).mean()), rel=1e-3)
+    # Finer rounding: more bits, less error, towards the error without rounding.
+    bits, errors = zip(*((r["bits_per_pixel"], r["error"]) for r in own["rates"]), strict=True)
+    assert list(bits) == sorted(bits)
+    assert errors[0] > errors[-1]
+    assert errors[-1] == pytest.approx(own["error"], rel=0.02)
+    assert "PCA" in capsys.readouterr().out
+    assert (tmp_path / "compression.html").read_text().count("<svg") >= 2
+
+
+# ---------------------------------------------------------------- anomalies
+
+
+def test_near_against_a_loop():
+    rng = np.random.default_rng(0)
+    known, new = rng.normal(size=(20, 5)), rng.normal(size=(7, 5))
+    expected = [np.sort(np.linalg.norm(known - x, axis=1))[:3].mean() for x in new]
+    np.testing.assert_allclose(an.near(known, new, same=False), expected, rtol=1e-6)
+    own = [np.sort(np.linalg.norm(known - x, axis=1))[1:4].mean() for x in known]
+    np.testing.assert_allclose(an.near(known, known, same=True), own, rtol=1e-6)
+
+
+def test_other_digits_are_strange(runs, digits_folder: Path, tmp_path: Path, capsys):
+    """A network that saw zeros only: ones to threes are strange to it, and the ranking says so."""
+    zeros = tmp_path / "zeros"
+    zeros.mkdir()
+    for path in sorted((digits_folder / "0").glob("*.png"))[:60]:
+        (zeros / path.name).write_bytes(path.read_bytes())
+    run = runs("autoencoder", "--autoencoder.code", "4", "--epochs", "20", name="zeros", data=zeros)
+    out = tmp_path / "out"
+    command = ["anomalies", str(run), "--data", str(zeros), "--test", str(digits_folder), "--normal", "0"]
+    assert main([*command, "--out", str(out)]) == 0
+    found = json.loads((out / "auroc.json").read_text())
+    assert found["anomalies"] == 240
+    assert list(found["scores"]) == ["autoencoder", "features", "pixels", "components", "svm"]
+    assert found["scores"]["autoencoder"]["auroc"] > 0.8
+    assert found["scores"]["pixels"]["auroc"] > 0.9
+    rows = list(csv.DictReader((out / "anomalies.csv").open()))
+    values = [float(r["autoencoder"]) for r in rows]
+    assert values == sorted(values, reverse=True)
+    # The area under the curve, from its definition: the share of pairs in the right order.
+    strange = [float(r["autoencoder"]) for r in rows if r["anomaly"] == "1"]
+    usual = [float(r["autoencoder"]) for r in rows if r["anomaly"] == "0"]
+    share = np.mean([(a > b) + 0.5 * (a == b) for a in strange for b in usual])
+    assert found["scores"]["autoencoder"]["auroc"] == pytest.approx(share, abs=1e-4)
+    assert "AUROC" in capsys.readouterr().out
+    assert (out / "anomalies.html").exists()
+
+
+def test_surprise_does_not_depend_on_the_batch(runs, digits_folder: Path):
+    cache = load_cache(open_source(str(digits_folder)), SIZE, progress=False)
+    for task in (load_trained(runs("rotation")), load_trained(runs("autoencoder", name="ae"))):
+        few, many = an.surprise(task, cache.subset(range(5))), an.surprise(task, cache)
+        np.testing.assert_allclose(few, many[:5], rtol=1e-4, atol=1e-6)
+        assert many.std() > 0
+
+
+def test_rotation_is_surprised_by_what_it_cannot_turn_back(runs, digits_folder: Path):
+    """The score is the mean over the turns of - log p, by hand; a blank image says nothing: log 4 at least."""
+    task = load_trained(runs("rotation"))
+    cache = load_cache(open_source(str(digits_folder)), SIZE, progress=False)
+    batch = next(batches(task, cache.images[:3]))
+    expected = []
+    with torch.no_grad():
+        for image in batch.images:
+            turned = torch.stack([torch.rot90(image, k, (1, 2)) for k in range(4)])
+            log_p = task.logits(turned).log_softmax(1)  # type: ignore[operator]
+            expected.append(-float(log_p.diagonal().mean()))
+    np.testing.assert_allclose(task.surprise(batch).numpy(), expected, rtol=1e-4)
+    blank = type(batch)(torch.full_like(batch.images, 0.5), batch.draws, 1.0)
+    assert float(task.surprise(blank).min()) >= np.log(4) - 1e-4
+
+
+# ---------------------------------------------------------------- map
+
+
+def test_pca_of_the_map_is_scikit_learns_and_neighbours_agree():
+    rng = np.random.default_rng(0)
+    features = np.concatenate([rng.normal(0, 1, (40, 6)), rng.normal(20, 1, (40, 6))])
+    labels = ["a"] * 40 + ["b"] * 40
+    for method in ("pca", "tsne"):
+        at = flat(features, method)
+        assert at.shape == (80, 2)
+        assert neighbours_agree(at, labels) == 1.0
+    mixed = [labels[k] for k in rng.permutation(80)]
+    assert 0.2 < neighbours_agree(flat(features, "pca"), mixed) < 0.8
+
+
+def test_a_map_shows_each_image_where_it_is():
+    images = np.stack([np.full((8, 8, 3), v, np.uint8) for v in (10, 200)])
+    picture = scatter(np.array([[0.0, 0.0], [1.0, 1.0]]), images, np.array([0, 1]), side=200)
+    assert (picture[-20, 20] == 10).all()  # low x, low y: bottom left
+    assert (picture[20, -20] == 200).all()
+    assert tuple(picture[-1, 0]) == tuple(COLOURS[0])
+    assert tuple(picture[0, -1]) == tuple(COLOURS[1])
+    assert (picture[0, 0] == 255).all()
+
+
+def test_map_command(runs, digits_folder: Path, tmp_path: Path, capsys):
+    run = runs("autoencoder", "--autoencoder.code", "2", name="two")
+    for method in ("tsne", "pca", "code"):
+        out = tmp_path / method
+        command = ["map", str(run), "--data", str(digits_folder), "--images", "100", "--method", method]
+        assert main([*command, "--out", str(out)]) == 0
+        rows = list(csv.DictReader((out / "map.csv").open()))
+        assert len(rows) == 100
+        assert "ten neighbours" in capsys.readouterr().out
+        assert Image.open(out / "map.png").size == (1000, 1000)
+    task, cache = load_trained(run), load_cache(open_source(str(digits_folder)), SIZE, progress=False)
+    k = cache.names.index(rows[0]["name"])
+    code = task.to_code(clean(torch.from_numpy(np.array(cache.images[k : k + 1])), SIZE))[0]
+    assert [float(rows[0]["x"]), float(rows[0]["y"])] == pytest.approx(code.tolist(), rel=1e-3, abs=1e-4)
+
+
+# ---------------------------------------------------------------- sample
+
+
+def test_sample_is_of_the_prior_and_walks_end_at_images(runs, digits_folder: Path, tmp_path: Path):
+    run = runs("vae", "--vae.code", "8")
+    for seed, name in ((0, "a"), (0, "b"), (1, "c")):
+        assert main(["sample", str(run), "--out", str(tmp_path / name), "--seed", str(seed)]) == 0
+    a, b, c = ((tmp_path / n / "samples.png").read_bytes() for n in "abc")
+    assert a == b != c
+    walk = np.asarray(Image.open(tmp_path / "a" / "walk.png"))
+    cache = load_cache(open_source(str(digits_folder)), SIZE, progress=False)
+    images = (clean(torch.from_numpy(np.array(cache.images)), SIZE) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    for left in (0, 9 * 66):  # the first and the last of a row: 16 px enlarged four times, 2 px between
+        end = walk[2:64:4, left + 2 : left + 64 : 4]
+        assert any(np.array_equal(end, image) for image in images)
+
+
+# ---------------------------------------------------------------- restore
+
+
+def test_ssim_against_its_definition():
+    """One 11x11 window, by the formula with explicit sums; equal images score 1, contrary ones less than 0."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.random((11, 11)) for _ in range(2))
+    at = np.arange(11) - 5
+    w = np.exp(-(at[:, None] ** 2 + at[None] ** 2) / (2 * 1.5**2))
+    w /= w.sum()
+    ma, mb = (w * a).sum(), (w * b).sum()
+    va, vb, cov = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum(), (w * (a - ma) * (b - mb)).sum()
+    expected = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+    ta, tb = (torch.from_numpy(x)[None, None] for x in (a, b))
+    assert float(ssim(ta, tb)) == pytest.approx(expected, rel=1e-6)
+    many = torch.rand(2, 3, 24, 24, dtype=torch.float64)
+    assert torch.allclose(ssim(many, many), torch.ones(2, dtype=torch.float64))
+    assert float(ssim(many, 1 - many).max()) < 0
+
+
+@pytest.mark.parametrize("task", ["denoising", "inpainting", "superresolution", "colorization"])
+def test_restore_what_was_damaged(task: str, runs, digits_folder: Path, tmp_path: Path, capsys):
+    run = runs(task)
+    assert main(["restore", str(run), "--data", str(digits_folder), "--out", str(tmp_path), "--damage"]) == 0
+    about = json.loads((tmp_path / "restored.json").read_text())
+    assert about["images"] == 320
+    assert np.isfinite([about[k] for k in ("psnr_before", "psnr_after", "ssim_before", "ssim_after")]).all()
+    assert len(list((tmp_path / "restored").rglob("*.png"))) == 320
+    assert "PSNR" in capsys.readouterr().out
+
+
+def test_what_is_visible_stays_and_masks_belong_by_name(runs, digits_folder: Path, tmp_path: Path):
+    """Inpainting by masks: outside of the hole the restored image is the image."""
+    masks = tmp_path / "masks"
+    hole = np.zeros((32, 32), np.uint8)
+    hole[8:24, 8:24] = 255
+    for path in digits_folder.rglob("*.png"):
+        (masks / path.parent.name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(hole).save((masks / path.parent.name / path.name).with_suffix(".bmp"))
+    run, out = runs("inpainting"), tmp_path / "out"
+    command = ["restore", str(run), "--data", str(digits_folder), "--hidden", str(masks), "--clean", str(digits_folder)]
+    assert main([*command, "--out", str(out)]) == 0
+    cache = load_cache(open_source(str(digits_folder)), SIZE, progress=False)
+    images = (
+        (clean(torch.from_numpy(np.array(cache.images[:5])), SIZE) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    )
+    outside = np.ones((SIZE, SIZE), bool)
+    outside[4:12, 4:12] = False
+    for name, image in zip(cache.names, images, strict=False):
+        restored = np.asarray(Image.open((out / "restored" / name).with_suffix(".png")))
+        assert np.array_equal(restored[outside], image[outside])
+        assert not np.array_equal(restored, image)
+    about = json.loads((out / "restored.json").read_text())
+    assert about["psnr_before"] != about["psnr_after"]
+
+
+def test_restore_refuses_what_does_not_fit(runs, digits_folder: Path, tmp_path: Path, capsys):
+    (tmp_path / "few").mkdir()
+    first = next(digits_folder.rglob("*.png"))
+    (tmp_path / "few" / first.name).write_bytes(first.read_bytes())
+    run, data = runs("inpainting"), ["--data", str(digits_folder), "--out", str(tmp_path / "out")]
+    for flags, words in [
+        ([], "must know what is hidden"),
+        (["--hidden", str(tmp_path / "few")], "has no image for"),
+        (["--damage", "--clean", str(tmp_path / "few")], "no --clean"),
+    ]:
+        assert main(["restore", str(run), *data, *flags]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["restore", str(runs("rotation")), *data]) == 2
+    assert "repairs nothing" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- pictures; mirror images
+
+
+def test_a_sheet_has_each_image_at_its_place():
+    rows = [np.stack([np.full((4, 4, 3), 10 * r + c, np.uint8) for c in range(3)]) for r in range(2)]
+    picture = sheet(rows, least=8)
+    assert picture.shape == (2 * 8 + 2, 3 * 8 + 4, 3)
+    for r in range(2):
+        for c in range(3):
+            assert (picture[r * 10 : r * 10 + 8, c * 10 : c * 10 + 8] == 10 * r + c).all()
+
+
+def test_no_flip_is_kept_with_the_backbone(runs):
+    run = runs("autoencoder", name="ae")
+    assert load_backbone(run).spec.flip is False
+    assert json.loads((run / "backbone.json").read_text())["flip"] is False
