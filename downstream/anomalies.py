@@ -37,7 +37,7 @@ from unlabel.checkpoint import write_atomic
 from unlabel.config import AnomaliesConfig
 from unlabel.distributed import pick_device
 from unlabel.errors import UserError
-from unlabel.page import embedded, write_page
+from unlabel.page import figure, write_page
 from unlabel.pictures import sheet, write_png
 from unlabel.report_html import html_table, show
 from unlabel.sources import open_source
@@ -161,8 +161,7 @@ def _strange(config: AnomaliesConfig, test: ImageCache) -> np.ndarray | None:
 
 def _page(out: Path, picture: Path, found: dict[str, dict[str, float]], first: str) -> Path:
     sections = ["<h1>The strangest images</h1>"]
-    sections.append(f"<p>Ranked by {show(first)}. Above the strangest, below the least strange.</p>")
-    sections.append(f"<figure>{embedded(picture, 'strangest and least strange images')}</figure>")
+    sections.append(figure(picture, f"Ranked by {first}: above the strangest, below the least strange."))
     if found:
         rows = [[show(k), show(v["auroc"], 3), show(v["average_precision"], 3)] for k, v in found.items()]
         sections.append(html_table(["score", "AUROC", "average precision"], rows))

@@ -27,7 +27,7 @@ from unlabel.checkpoint import write_atomic
 from unlabel.config import CompressConfig
 from unlabel.distributed import pick_device
 from unlabel.errors import UserError
-from unlabel.page import embedded, write_page
+from unlabel.page import figure, write_page
 from unlabel.pictures import sheet, to_uint8, write_png
 from unlabel.report_html import html_figure, html_table, show
 from unlabel.report_plots import Axis, Line, Panel, Point, Style, nice_axis
@@ -261,9 +261,8 @@ def _page(out: Path, about: dict[str, Any], examples: Path, rows: list[str]) -> 
         f"over its pixels{'' if about['channels'] == 1 else ', the mean of three channels'}. Principal components of "
         f"{about['fitted_on']:,} images. Bits: what an entropy coder needs for the rounded code.</p>"
     )
-    order = f"From top to bottom: {', '.join(rows)}."
-    figure = f"<figure>{embedded(examples, order)}<figcaption>{show(order)}</figcaption></figure>"
-    sections = ["<h1>What a code keeps</h1>", intro, html_figure(panels), figure, errors, bits]
+    examples_ = figure(examples, f"From top to bottom: {', '.join(rows)}.")
+    sections = ["<h1>What a code keeps</h1>", intro, html_figure(panels), examples_, errors, bits]
     return write_page(out / "compression.html", "What a code keeps", sections)
 
 

@@ -91,6 +91,7 @@ class Table:
     top_layers: int | None = None
     unlabelled_id: str = ""
     flip: bool = True  # of the random and scratch networks' images
+    augment: bool = True  # of labelled images
 
     @property
     def draws(self) -> LabelDraws:
@@ -276,6 +277,7 @@ class ArmFiller:
             presets = self.table.presets(count, self.arm.kind == "scratch")
             key += [ft.view_size(self.table.image_size), self.table.top_layers, [repr(p) for p in presets]]
             key += [] if self.network.spec.flip else ["no flip"]
+            key += [] if self.table.augment else ["no augmentation"]
         cell = self.store.get(key)
         wanted = keep is not None and stored_key(keep) != self.store.digest(key)
         if cell is None or wanted:
@@ -303,7 +305,7 @@ class ArmFiller:
         tuned = ft.finetune(
             self._start, Rows(self.table.pool.pixels, rows), y, len(self.table.classes),
             self.table.presets(count, scratch), head=None if scratch else head, seed=draw, device=self.table.device,
-            on_step=on_step,
+            on_step=on_step, augment=self.table.augment,
         )  # fmt: skip
         if keep is not None:
             save_classifier(tuned.model, self.table.classes, keep, key)

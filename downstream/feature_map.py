@@ -11,7 +11,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 
-from downstream.compress import Learned
+from downstream.compress import Learned, seen
 from pretext.trained import load_trained
 from unlabel.apply import embed, safe_cell
 from unlabel.backbone import load_backbone
@@ -20,14 +20,15 @@ from unlabel.checkpoint import write_atomic
 from unlabel.config import MapConfig
 from unlabel.distributed import pick_device
 from unlabel.errors import UserError
-from unlabel.page import embedded, write_page
-from unlabel.pictures import COLOURS, scatter, write_png
-from unlabel.report_html import show
+from unlabel.page import figure, write_page
+from unlabel.pictures import scatter, write_png
+from unlabel.report_html import colour_key, show
 from unlabel.sources import open_source
 
 __all__ = ["draw_map", "flat", "neighbours_agree"]
 
 NEIGHBOURS = 10
+SIDE = 32  # px of the pixels' own map, at most
 
 
 def flat(features: np.ndarray, method: str) -> np.ndarray:
@@ -68,10 +69,10 @@ def draw_map(config: MapConfig) -> Path:
             raise UserError(f"the code has {at.shape[1]} numbers, not two: --method tsne or pca")
     else:
         at = flat(embed(backbone, cache.images, progress="features"), config.method)
-    return write_map(config.out or config.run / "map", at, cache, config.method)
+    return write_map(config.out or config.run / "map", at, cache, config.method, backbone.spec.image_size)
 
 
-def write_map(out: Path, at: np.ndarray, cache: ImageCache, method: str) -> Path:
+def write_map(out: Path, at: np.ndarray, cache: ImageCache, method: str, size: int) -> Path:
     names = sorted(set(cache.labels or ()))
     groups = np.array([names.index(label) for label in cache.labels or ()]) if len(names) > 1 else None
     picture = write_png(out / "map.png", scatter(at, np.array(cache.images), groups))
@@ -84,14 +85,17 @@ def write_map(out: Path, at: np.ndarray, cache: ImageCache, method: str) -> Path
     sections = ["<h1>A map of the images</h1>"]
     if groups is not None:
         agree = neighbours_agree(at, cache.labels or [])
-        print(f"{100 * agree:.1f} % of the images have the class of most of their ten neighbours on the map")
-        colours = (COLOURS[k % len(COLOURS)].hex() for k in range(len(names)))
-        square = '<svg width="12" height="12"><rect width="12" height="12" fill="#{}"/></svg>'
-        key = "".join(f"<li>{square.format(c)}{show(name)}</li>" for c, name in zip(colours, names, strict=True))
-        sections.append(f'<ul class="legend">{key}</ul>')
-        sections.append(f"<p>{100 * agree:.1f} % have the class of most of their ten neighbours on the map.</p>")
+        pixels = seen(cache, min(size, SIDE), 3, len(cache)).reshape(len(cache), -1)
+        plain = neighbours_agree(flat(pixels, "pca"), cache.labels or [])
+        about = (
+            f"{100 * agree:.1f} % of the images have the class of most of their ten neighbours on the map; "
+            f"on one of two principal components of the pixels {100 * plain:.1f} %"
+        )
+        print(about)
+        sections.append(colour_key(names))
+        sections.append(f"<p>{show(about)}.</p>")
     words = {"tsne": "t-SNE of the features", "pca": "two principal components of the features", "code": "the code"}
-    sections.append(f"<figure>{embedded(picture, 'thumbnails of the images at their places')}</figure>")
-    sections.append(f"<p>{len(cache):,} images: {words[method]}. Of thumbnails that would overlap one is shown.</p>")
+    about = f"{len(cache):,} images: {words[method]}. Of thumbnails that would overlap one is shown."
+    sections.append(figure(picture, about))
     print(f"open {write_page(out / 'map.html', 'A map of the images', sections)}")
     return out

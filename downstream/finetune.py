@@ -175,6 +175,7 @@ def _groups(model: Classifier, preset: Preset) -> list[dict[str, Any]]:
 def _train(
     start: Backbone, head: tuple[np.ndarray, np.ndarray] | None, images: Any, y: np.ndarray,
     classes: int, preset: Preset, seed: int, device: torch.device, on_step: Callable[[int], None] | None,
+    augment: bool = True,
 ) -> Classifier:  # fmt: skip
     """``preset.steps`` steps on images (n, R, R, 3) uint8 with labels y (n,). Returns averaged weights."""
     torch.manual_seed(mix(seed, "finetune"))
@@ -195,8 +196,11 @@ def _train(
         epochs, indices = batch_at(seed, step, batch_size, len(y))
         draws = Draws(seed, epochs.tolist(), indices.tolist(), device=device)
         source = torch.from_numpy(np.array(images[indices])).to(device)
-        views = random_view(source, size, draws, area=(preset.crop, 1.0), ratio=1.25, flip=start.spec.flip)
-        views = cutout(colour_jitter(views, draws, 0.2), draws)
+        if augment:
+            views = random_view(source, size, draws, area=(preset.crop, 1.0), ratio=1.25, flip=start.spec.flip)
+            views = cutout(colour_jitter(views, draws, 0.2), draws)
+        else:
+            views = clean(source, size)
         progress = step / preset.steps
         factor = min(1.0, (step + 1) / (0.1 * preset.steps)) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
@@ -266,13 +270,13 @@ def _holdout(y: np.ndarray, seed: int, share: float = 0.2) -> np.ndarray:
 def finetune(
     backbone: Backbone, images: np.ndarray | Rows, y: np.ndarray, classes: int, presets: Sequence[Preset], *,
     head: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None, seed: int = 0,
-    device: torch.device | str = "cpu", on_step: Callable[[int], None] | None = None,
+    device: torch.device | str = "cpu", on_step: Callable[[int], None] | None = None, augment: bool = True,
 ) -> FineTuned:  # fmt: skip
     """Fine-tune on images (n, R, R, 3) uint8 with labels y (n,) in 0 … classes - 1.
 
     ``head(rows)`` gives the starting point (W (K, C), b (K,)) from a probe fitted on those rows only; None (scratch):
     a small random one. With several presets, one stratified 80/20 split chooses by log-loss, and the winner is refit
-    on all images with the same number of steps. Nothing looks at a test image.
+    on all images with the same number of steps. Nothing looks at a test image. ``augment`` false: images as they are.
     """
     if len(np.unique(y)) < 2:
         raise UserError("fine-tuning needs images of at least two classes")
@@ -281,7 +285,7 @@ def finetune(
 
     def train(rows: np.ndarray, preset: Preset) -> Classifier:
         start = head(rows) if head else None
-        return _train(backbone, start, Rows(images, rows), y[rows], classes, preset, seed, device, on_step)
+        return _train(backbone, start, Rows(images, rows), y[rows], classes, preset, seed, device, on_step, augment)
 
     losses: list[float] = []
     if len(presets) > 1:

@@ -18,6 +18,10 @@ TASKS: dict[str, tuple[str, str]] = {
         "pretext.rotation:Rotation",
         "by which of 0, 90, 180, 270 degrees was the image turned? (Gidaris 2018)",
     ),
+    "transformations": (
+        "pretext.transformations:Transformations",
+        "which of 72 mirrorings, shifts and turns was it? (Golan & El-Yaniv 2018): for finding anomalies",
+    ),
     "inpainting": ("pretext.inpainting:Inpainting", "fill in a missing part: context encoder (Pathak 2016)"),
     "denoising": (
         "pretext.denoising:Denoising",

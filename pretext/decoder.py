@@ -7,6 +7,7 @@ learn. Light: on a CPU the decoder costs a fraction of the backbone, which is wh
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
@@ -19,6 +20,7 @@ from unlabel.mlp import Mlp, dense_layer
 __all__ = [
     "Decoder",
     "DenseDecoder",
+    "Pyramid",
     "at_least_float32",
     "denormalise",
     "feature_side",
@@ -75,6 +77,32 @@ class Decoder(nn.Module):
 
     def forward(self, features: Tensor, size: int) -> Tensor:
         return resize(self.layers(features).float(), size)
+
+
+class Pyramid(nn.Module):
+    """Every stage of the backbone to an image (N, 3, size, size), float32 (a feature pyramid, Lin et al. 2017).
+
+    Where detail has to be kept. It begins at almost zero: what it paints is to be added to the input.
+    """
+
+    def __init__(self, backbone: Backbone, width: int) -> None:
+        super().__init__()
+        self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in backbone.stage_channels)
+        self.smooth = nn.Sequential(nn.GroupNorm(GROUPS, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
+        last = nn.Conv2d(width, 3, 3, padding=1)
+        nn.init.normal_(last.weight, std=1e-4)  # but for what a first gradient needs
+        assert last.bias is not None
+        nn.init.zeros_(last.bias)
+        self.paint = nn.Sequential(nn.GroupNorm(GROUPS, width), nn.ReLU(), last)
+
+    def forward(self, stages: Iterable[Tensor], size: int) -> Tensor:
+        """``stages`` from shallow to deep."""
+        top: Tensor | None = None
+        for stage, lateral in reversed(list(zip(stages, self.laterals, strict=True))):
+            here = lateral(stage)
+            top = here if top is None else here + F.interpolate(top, size=here.shape[-2:], mode="nearest")
+        assert top is not None
+        return self.paint(resize(self.smooth(top), size)).float()
 
 
 class DenseDecoder(nn.Module):

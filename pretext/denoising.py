@@ -3,6 +3,10 @@
 Noise is drawn afresh at every step, and the network recovers the clean augmented view through the backbone's
 last stage alone. The noise is strong by default: little noise is removed by a slight blur, which needs no
 understanding of the image.
+
+Beside noise there is damage as photos and papers suffer it (``pretext/damage.py``): a watermark, age, something in the
+way. To repair pictures rather than to pretrain, ``skips`` lets every stage take part: detail survives, and less is left
+for the deep stages to learn.
 """
 
 from __future__ import annotations
@@ -11,9 +15,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pretext.decoder import Decoder, denormalise, feature_side, squared_error, weighted_error
+from pretext.damage import DAMAGES
+from pretext.decoder import Decoder, Pyramid, denormalise, feature_side, squared_error, weighted_error
 from pretext.task import Batch, PretextTask, Recipe
 from unlabel.backbone import Backbone
 from unlabel.draws import Draws
@@ -23,19 +28,26 @@ __all__ = ["Denoising", "corrupt"]
 
 # kind -> the levels between which each image's own is drawn by default
 LEVELS = {"gaussian": (0.3, 0.5), "masking": (0.5, 0.8), "salt-and-pepper": (0.3, 0.6), "speckle": (0.5, 1.0)}
-PER_PIXEL = ("masking", "salt-and-pepper")  # these leave the other pixels as they are
+LEVELS |= {"watermark": (0.3, 0.8), "document": (0.5, 1.0), "occlusion": (0.1, 0.3)}
+PER_PIXEL = ("masking", "salt-and-pepper")
+SKIP_WIDTH = 32
+LOCAL = (*PER_PIXEL, "watermark", "occlusion")  # these leave the other pixels as they are
 
 
 @dataclass(frozen=True)
 class Config:
-    noise: Literal["gaussian", "masking", "salt-and-pepper", "speckle"] = "gaussian"
-    """Added to each value; pixels set to black; pixels set to black or white; or each value times 1 + noise."""
+    noise: Literal["gaussian", "masking", "salt-and-pepper", "speckle", "watermark", "document", "occlusion"] = (
+        "gaussian"
+    )
+    """Added to each value; pixels set to black; to black or white; each value times 1 + noise; or kinds of damage."""
     level: tuple[float, ...] | None = None
-    """Fixed, or two numbers to draw each image's from: standard deviation, or share of the pixels."""
+    """Fixed, or two numbers to draw each image's from: standard deviation, share of the pixels, opacity, or age."""
     alpha: float = 1.0
-    """Weight of an error where the image was corrupted (masking, salt-and-pepper; Vincent 2010)."""
+    """Weight of an error where the image was corrupted (what leaves other pixels as they are; Vincent 2010)."""
     beta: float = 1.0
     """Weight of an error where it was not; 0 looks at the corrupted pixels alone."""
+    skips: bool = False
+    """Every stage helps to paint, and what is painted is added to the input: for repairing rather than pretraining."""
 
 
 def corrupt(images: Tensor, kind: str, level: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
@@ -44,6 +56,8 @@ def corrupt(images: Tensor, kind: str, level: Tensor, draws: Draws) -> tuple[Ten
     images in [0, 1]; ``level`` (N,), where 0 leaves its image as it is, bit for bit. Gaussian and speckle
     noise is not clipped to [0, 1]: clipping would make it depend on the image and shift its mean.
     """
+    if kind in DAMAGES:
+        return DAMAGES[kind](images, level, draws.stream(kind))
     n, channels, height, width = images.shape
     level = level.view(n, 1, 1, 1)
     if kind in PER_PIXEL:  # one draw per pixel: all channels fall together
@@ -70,19 +84,23 @@ class Denoising(PretextTask):
         if config.noise not in LEVELS:
             raise UserError(f"unknown noise {config.noise!r}: choose from {', '.join(LEVELS)}")
         levels = LEVELS[config.noise] if config.level is None else tuple(config.level)
-        top = 1.0 if config.noise in PER_PIXEL else float("inf")
+        top = 1.0 if config.noise in PER_PIXEL or config.noise in DAMAGES else float("inf")
         if len(levels) not in (1, 2) or not 0 <= levels[0] <= levels[-1] <= top:
-            most = " up to 1 (a share of the pixels)" if config.noise in PER_PIXEL else ""
+            most = " up to 1" if top == 1 else ""
             raise UserError(f"--denoising.level {levels}: give one number, or two in rising order, from 0{most}")
         if min(config.alpha, config.beta) < 0 or config.alpha + config.beta == 0:
             raise UserError("--denoising.alpha and --denoising.beta must not be negative, nor both 0")
-        if config.alpha != config.beta and config.noise not in PER_PIXEL:
+        if config.alpha != config.beta and config.noise not in LOCAL:
             raise UserError(
                 f"{config.noise} noise touches every pixel: --denoising.alpha and --denoising.beta "
-                "tell corrupted from clean pixels for masking and salt-and-pepper only"
+                f"tell corrupted from clean pixels for {', '.join(LOCAL)} only"
             )
         self.low, self.high = float(levels[0]), float(levels[-1])
-        self.decoder = Decoder(backbone.channels, feature_side(backbone), backbone.spec.image_size)
+        self.decoder: nn.Module
+        if config.skips:
+            self.decoder = Pyramid(backbone, SKIP_WIDTH)
+        else:
+            self.decoder = Decoder(backbone.channels, feature_side(backbone), backbone.spec.image_size)
 
     def noisy(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """``corrupt`` at this batch's draws."""
@@ -92,8 +110,10 @@ class Denoising(PretextTask):
 
     def predict(self, noisy: Tensor) -> Tensor:
         """The recovered image (N, 3, H, W), in normalised colours."""
-        features = self.backbone(noisy.contiguous(memory_format=torch.channels_last)).last
-        return self.decoder(features, noisy.shape[-1])
+        features = self.backbone(noisy.contiguous(memory_format=torch.channels_last))
+        if self.config.skips:
+            return self.backbone.normalise(noisy) + self.decoder(features.stages.values(), noisy.shape[-1])
+        return self.decoder(features.last, noisy.shape[-1])
 
     @torch.no_grad()
     def restore(self, images: Tensor, hidden: Tensor | None) -> Tensor:

@@ -2,15 +2,18 @@
 
 Part of each image is hidden, and the network paints it from what is left. Backbone, then a channel-wise fully
 connected layer that carries information across the image, then a decoder without skip connections. The loss is
-the squared error on the hidden part (§3.2 equation 1; the adversarial term is not here) and, weighted more, on
-a band of visible pixels around it, so that the painted part joins its surroundings.
+the squared error on the hidden part (§3.2 equation 1) and, weighted more, on a band of visible pixels around it, so
+that the painted part joins its surroundings. With ``adversarial`` above 0 a discriminator, which sees the hidden part
+alone, learns to tell what was painted from what was there, and the painter to deceive it (equations 2 and 3): of all
+that the squared error cannot tell apart, which it answers with a blur, one is chosen.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +25,7 @@ from unlabel.backbone import Backbone
 from unlabel.draws import Draws
 from unlabel.errors import UserError
 
-__all__ = ["ChannelWise", "Inpainting", "band_around", "draw_hidden"]
+__all__ = ["ChannelWise", "Inpainting", "band_around", "draw_hidden", "smooth_field"]
 
 MASKS = ("center", "blocks", "region", "half")
 BLOCKS = 5  # squares per image of mask kind `blocks`
@@ -40,6 +43,8 @@ class Config:
     """Width of the visible band that is painted too, in pixels at an image size of 64; 0 turns it off."""
     overlap_weight: float = 10.0
     """Weight of an error in that band; an error in the hidden part weighs 1."""
+    adversarial: float = 0.0
+    """Share of the adversarial loss; the squared error gets the rest. The paper has 0.001; 0 trains without."""
 
 
 def draw_hidden(kind: str, share: float, size: int, draws: Draws) -> Tensor:
@@ -62,7 +67,7 @@ def draw_hidden(kind: str, share: float, size: int, draws: Draws) -> Tensor:
         rows, columns = first.view(1, -1, 1), first.view(1, 1, -1)
         hidden = torch.where(side < 2, rows, columns) ^ (side % 2 == 1)  # top, bottom, left, right
     else:
-        field = _smooth_field(size, draws.stream("region")).flatten(1)
+        field = smooth_field(size, draws.stream("region")).flatten(1)
         count = min(max(1, round(share * size**2)), size**2 - 1)
         threshold = field.sort(dim=1).values[:, count - 1, None]
         hidden = (field <= threshold).view(n, size, size)
@@ -73,7 +78,7 @@ def _side(size: int, share: float) -> int:
     return min(max(1, round(size * math.sqrt(share))), size - 1)
 
 
-def _smooth_field(size: int, draws: Draws) -> Tensor:
+def smooth_field(size: int, draws: Draws) -> Tensor:
     """(N, size, size), smooth, and standard normal at every pixel, so that none is hidden more than others."""
     centres = torch.linspace(-0.2, 1.2, NODES, device=draws.device)  # past the border: no edge effect
     at = (torch.arange(size, device=draws.device) + 0.5) / size
@@ -109,8 +114,26 @@ class ChannelWise(nn.Module):
         return torch.bmm(maps, self.weight.to(maps.dtype)).transpose(0, 1).reshape(x.shape)
 
 
+class Discriminator(nn.Module):
+    """Images (N, 3, H, W), zero but for what was hidden, to logits (N,): was it there (> 0), or painted?"""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        widths = [3, width, 2 * width, 4 * width]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images).float().mean((1, 2, 3))
+
+
 class Inpainting(PretextTask):
-    """``error``: mean squared error on the hidden pixels only, in [0, 1] colours."""
+    """``error``: mean squared error on the hidden pixels only, in [0, 1] colours.
+
+    ``told``: with a discriminator, the share of painted and true parts that it recognises; 0.5 is a perfect deception.
+    """
 
     Config = Config
     metrics = {"error": "min"}  # noqa: RUF012
@@ -128,6 +151,20 @@ class Inpainting(PretextTask):
         side = feature_side(backbone)
         self.middle = ChannelWise(backbone.channels, side)
         self.decoder = Decoder(backbone.channels, side, backbone.spec.image_size)
+        if not 0 <= config.adversarial < 1:
+            raise UserError(f"--inpainting.adversarial {config.adversarial}: a share, from 0 to below 1")
+        self.discriminator = Discriminator() if config.adversarial else None
+        if self.discriminator is not None:
+            self.metrics = {**type(self).metrics, "told": "min"}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The discriminator learns more slowly than the painter, as in the paper, and without weight decay."""
+        if self.discriminator is None:
+            return super().param_groups()
+        judge = list(self.discriminator.parameters())
+        ids = {id(p) for p in judge}
+        own = [p for p in self.parameters() if id(p) not in ids]
+        return [{"params": own}, {"params": judge, "lr_scale": 0.1, "betas": (0.5, 0.999), "weight_decay": 0.0}]
 
     def hidden(self, batch: Batch) -> Tensor:
         """(N, 1, H, W) bool: what this batch's draws hide."""
@@ -159,7 +196,23 @@ class Inpainting(PretextTask):
         target = self.backbone.normalise(batch.images)
         loss = weighted_error(prediction, target, self.weight(hidden))
         error = squared_error(self.backbone, prediction.detach(), batch.images, hidden.float())
-        return {"loss": loss, "error": error}
+        if self.discriminator is None:
+            return {"loss": loss, "error": error}
+        deception, judgement, told = self.play(prediction.masked_fill(~hidden, 0), target.masked_fill(~hidden, 0))
+        share = self.config.adversarial
+        # The judgement's weight changes nothing for Adam; a small one keeps it out of the clipped gradient norm.
+        return {"loss": (1 - share) * loss + share * (deception + judgement), "error": error, "told": told}
+
+    def play(self, painted: Tensor, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The painter's loss, the discriminator's, and how often that is right. Neither moves the other's weights."""
+        judge = self.discriminator
+        assert judge is not None
+        still = {k: p.detach() for k, p in judge.named_parameters()}
+        deception = F.softplus(-torch.func.functional_call(judge, still, (painted,))).mean()
+        false, true = judge(painted.detach()), judge(there)
+        judgement = (F.softplus(false) + F.softplus(-true)).mean()
+        told = ((false.detach() < 0).float() + (true.detach() > 0).float()).mean() / 2
+        return deception, judgement, told
 
     def trivial(self, batch: Batch) -> dict[str, float]:
         """Paints every hidden pixel in the mean colour of its image's visible pixels."""
@@ -167,7 +220,7 @@ class Inpainting(PretextTask):
         visible = (~hidden).float()
         colour = (batch.images * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)
         error = weighted_error(colour.expand_as(batch.images), batch.images, hidden.float())
-        return {"error": float(error)}
+        return {"error": float(error)} | ({"told": 1.0} if self.discriminator is not None else {})
 
     @torch.no_grad()
     def show(self, batch: Batch) -> dict[str, Tensor]:

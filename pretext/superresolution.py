@@ -14,9 +14,9 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from pretext.decoder import GROUPS, resize
+from pretext.decoder import GROUPS, Pyramid
 from pretext.task import Batch, PretextTask, Recipe
 from unlabel.backbone import Backbone
 from unlabel.errors import UserError
@@ -63,15 +63,7 @@ class SuperResolution(PretextTask):
             raise UserError(f"--superresolution.scale {config.scale}: 2 or 4")
         if config.width < GROUPS or config.width % GROUPS:
             raise UserError(f"--superresolution.width {config.width}: a multiple of {GROUPS}")
-        width = config.width
-        self.laterals = nn.ModuleList(nn.Conv2d(c, width, 1) for c in backbone.stage_channels)
-        self.smooth = nn.Sequential(nn.GroupNorm(GROUPS, width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
-        self.paint = nn.Sequential(nn.GroupNorm(GROUPS, width), nn.ReLU(), nn.Conv2d(width, 3, 3, padding=1))
-        last = self.paint[-1]
-        assert isinstance(last, nn.Conv2d)
-        assert last.bias is not None
-        nn.init.normal_(last.weight, std=1e-4)  # begin as bicubic, but for what a first gradient needs
-        nn.init.zeros_(last.bias)
+        self.pyramid = Pyramid(backbone, config.width)  # begins as bicubic
 
     def blurred(self, batch: Batch) -> Tensor:
         """(N, 3, H, W): the reduction, enlarged again."""
@@ -80,13 +72,8 @@ class SuperResolution(PretextTask):
     def predict(self, blurred: Tensor) -> Tensor:
         """(N, 3, H, W) float32, in [0, 1] colours but not clipped: what training needs to see."""
         stages = self.backbone(blurred.contiguous(memory_format=torch.channels_last)).stages.values()
-        top: Tensor | None = None
-        for stage, lateral in reversed(list(zip(stages, self.laterals, strict=True))):
-            here = lateral(stage)
-            top = here if top is None else here + F.interpolate(top, size=here.shape[-2:], mode="nearest")
-        assert top is not None
-        detail = self.paint(resize(self.smooth(top), blurred.shape[-1]))
-        return blurred + 0.1 * detail.float()  # detail is small: a tenth keeps the head's numbers near one
+        # Detail is small: a tenth keeps the head's numbers near one.
+        return blurred + 0.1 * self.pyramid(stages, blurred.shape[-1])
 
     @torch.no_grad()
     def restore(self, images: Tensor, hidden: Tensor | None) -> Tensor:

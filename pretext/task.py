@@ -48,6 +48,7 @@ class PretextTask(nn.Module):
     metrics: ClassVar[dict[str, Literal["max", "min"]]]
     recipe: ClassVar[Recipe] = Recipe()
     phases: int = 1  # > 1 is not summed with other tasks
+    mirrors: ClassVar[bool] = True  # whether the loop may show mirror images; not where they have another answer
     sees: ClassVar[Literal["RGB", "grey"]] = "RGB"  # what the backbone is shown in pretraining; downstream shows RGB
 
     def __init__(self, backbone: Backbone, config: Any) -> None:

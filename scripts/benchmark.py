@@ -39,7 +39,9 @@ def measure(name: str, folder: str) -> dict[str, object]:
     task = cls(backbone, cls.Config())
     model = channels_last(Together(backbone, {name: task}, (1.0,))).train()
     optimizers = optim.make_optimizers(backbone, task.param_groups(), recipe.optimizer, recipe.lr, recipe.weight_decay)
-    batches = Batches(load_cache(open_source(folder), IMAGE_SIZE), PretrainConfig((name,), (folder,), Path()), device)
+    batches = Batches(
+        load_cache(open_source(folder), IMAGE_SIZE), PretrainConfig((name,), (folder,), Path()), True, device
+    )
     precision = pick_precision("auto", device)
     batches.plan = Plan(
         IMAGE_SIZE, recipe.batch_size, 10_000, recipe.lr, recipe.weight_decay, recipe.optimizer, recipe.schedule,

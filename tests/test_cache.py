@@ -199,6 +199,17 @@ def test_broken_files_are_refused_with_a_short_reason(name: str) -> None:
 # ---------------------------------------------------------------- packing
 
 
+def test_small_images_are_packed_as_they_are(tmp_path: Path) -> None:
+    """Digits of 28 px for a network at 28 stay 28 px, bit for bit; for one at 32 they are enlarged once, no further."""
+    assert [cache_side(28, 28), cache_side(28, 30), cache_side(28, 500)] == [28, 30, 35]
+    assert [cache_side(32, 28), cache_side(64, 96), cache_side(64, 70), cache_side(64, None)] == [32, 80, 70, 80]
+    image = picture(0, 28, 28)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    cache = load_cache(open_source(str(tmp_path)), 28, progress=False)
+    np.testing.assert_array_equal(cache.images[0], image)
+    assert load_cache(open_source(str(tmp_path)), 32, progress=False).side == 32
+
+
 def test_images_are_cropped_to_the_middle_and_resized_with_antialiasing(tmp_path: Path) -> None:
     assert [cache_side(size) for size in (32, 64, 96, 224)] == [40, 80, 120, 280]
     wide, tall = picture(0, 130, 100), picture(1, 100, 150)

@@ -122,6 +122,23 @@ def test_predictions_average_the_mirror_and_ignore_batches():
     assert np.allclose(logits[:3], ft.predict_logits(model, images[:3], batch_size=2), atol=1e-5)
 
 
+def test_without_flips_no_mirror_image_is_ever_seen(monkeypatch):
+    """Neither in fine-tuning nor in predicting, where the backbone was told that a mirror image is another thing."""
+    images, y = two_shades(10)
+    images = images.copy()
+    images[:, :, :16] = 0  # dark on the left: mirrored, it would be on the right
+    seen: list[torch.Tensor] = []
+    real = ft.Classifier.forward
+    monkeypatch.setattr(ft.Classifier, "forward", lambda self, x: (seen.append(x.detach()), real(self, x))[1])
+    for flip, mirrored in ((True, True), (False, False)):
+        seen.clear()
+        backbone = build_backbone("small", 32, flip=flip)
+        tuned = ft.finetune(backbone, images, y, 2, [ft.Preset("short", 4, 1e-3, crop=1.0)])
+        ft.predict_logits(tuned.model, images)
+        views = torch.cat(seen)
+        assert bool((views[..., 28:].mean((1, 2, 3)) < views[..., :4].mean((1, 2, 3)) - 0.05).any()) == mirrored
+
+
 @pytest.mark.parametrize(("pretrained_at", "tuned_at"), [(32, 32), (47, 47), (48, 60), (64, 80)])
 def test_images_are_a_quarter_larger_than_in_pretraining(pretrained_at: int, tuned_at: int, monkeypatch):
     images, y = two_shades(10)

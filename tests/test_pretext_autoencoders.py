@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
+from pretext import load_task
 from pretext.autoencoder import Autoencoder
 from pretext.code import bernoulli_divergence
+from pretext.decoder import Decoder
 from pretext.task import Batch
 from pretext.vae import VAE, divergence
 from unlabel.backbone import build_backbone
@@ -126,3 +128,46 @@ def test_wrong_settings():
     for settings in ({"code": 0}, {"likelihood": "x"}, {"deviation": 0.0}, {"beta": -1.0}, {"warmup": 2.0}):
         with pytest.raises(UserError, match="vae"):
             vae(**settings)
+
+
+def test_the_decoder_goes_all_the_way_where_images_are_small():
+    """Up through the sides that halving gives: to 28 px in full, to 64 px but for the last, bilinear doubling."""
+
+    def sides(decoder: Decoder) -> list[int]:
+        return [m.size for m in decoder.layers if isinstance(m, torch.nn.Upsample)]  # type: ignore[misc]
+
+    assert sides(Decoder(8, 4, 28)) == [7, 14, 28]
+    assert sides(Decoder(8, 3, 40)) == [5, 10, 20, 40]
+    assert sides(Decoder(8, 4, 64)) == [8, 16, 32]
+    assert sides(Decoder(8, 4, 64, full=True)) == [8, 16, 32, 64]
+    for side, size in ((4, 28), (1, 28), (2, 64), (7, 224)):
+        assert Decoder(8, side, size)(torch.zeros(1, 8, side, side), size).shape == (1, 3, size, size)
+
+
+def test_single_pixels_survive_a_decoder_that_goes_all_the_way(colour_photos: torch.Tensor):
+    """A checkerboard of single pixels, from a code: a bilinear last doubling cannot paint it."""
+    board = (torch.arange(32)[:, None] + torch.arange(32)).remainder(2).float().expand(1, 3, 32, 32)
+    errors = {}
+    for full in (True, False):
+        torch.manual_seed(0)
+        decoder = Decoder(8, 4, 32, full=full)
+        optimizer = torch.optim.Adam(decoder.parameters(), 1e-2)
+        features = torch.randn(1, 8, 4, 4)
+        for _ in range(150):
+            loss = (decoder(features, 32) - board).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        errors[full] = float(loss)
+    assert errors[True] < 0.1 < 0.2 < errors[False]
+
+
+def test_more_channels_in_the_decoder():
+    task = load_task("autoencoder")
+    few, many = (
+        sum(p.numel() for p in task(build_backbone("small", 32), task.Config(channels=c)).parameters())
+        for c in (16, 32)
+    )
+    assert many > 1.5 * few
+    with pytest.raises(UserError, match="channels 12"):
+        task(build_backbone("small", 32), task.Config(channels=12))

@@ -263,3 +263,63 @@ def test_learns_to_remove_noise() -> None:
         task(batch)["loss"].backward()
         optimizer.step()
     assert float(task(batch)["error"]) < 0.5 * task.trivial(batch)["error"]
+
+
+# ---------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("kind", ["watermark", "occlusion"])
+def test_local_damage_leaves_the_rest_as_it_is(kind: str) -> None:
+    images = smooth_images(6, 64)
+    damaged, touched = corrupt(images, kind, torch.full((6,), 0.3), draws_for(6))
+    share = touched.float().mean((1, 2, 3))
+    assert (share > 0.005).all()
+    assert (share < 0.6).all()
+    same = (damaged == images).all(1, keepdim=True)
+    # What is hardly visible at the edge of a letter does not count as touched.
+    assert float((damaged - images).abs().masked_select((~touched).expand_as(images)).max()) < 0.03
+    if kind == "occlusion":
+        assert torch.equal(same.logical_not() | touched, touched)
+        assert (share <= 0.3 + 0.05).all()  # at most the level, but for pixels on the edge
+
+
+def test_a_watermark_is_a_blend() -> None:
+    """Twice the opacity: twice the difference, as long as nothing is clipped; black, white and coloured ones occur."""
+    images = torch.full((40, 3, 64, 64), 0.5)
+    half, full = (corrupt(images, "watermark", torch.full((40,), v), draws_for(40))[0] - 0.5 for v in (0.4, 0.8))
+    assert torch.allclose(2 * half, full, atol=1e-5)
+    peak = full.flatten(1).abs().amax(1)
+    assert ((peak - 0.4).abs() < 0.02).sum() > 10
+    assert float(full.max()) > 0.38
+    assert float(full.min()) < -0.38
+
+
+def test_age_fades_stains_and_folds() -> None:
+    images = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    old = corrupt(images, "document", torch.ones(8), draws_for(8))[0]
+    new = corrupt(images, "document", torch.full((8,), 0.3), draws_for(8))[0]
+    assert (old.flatten(1).std(1) < images.flatten(1).std(1)).all()  # faded
+    assert ((old - images).abs().mean((1, 2, 3)) > (new - images).abs().mean((1, 2, 3))).all()
+    assert float(old.min()) >= 0
+    assert float(old.max()) <= 1
+    red, blue = (old - images).mean((0, 2, 3))[[0, 2]]
+    assert red > blue  # yellow
+
+
+def test_skips_begin_at_the_input_and_beat_it(colour_photos: Tensor) -> None:
+    """An untrained network with skips gives back what it got; a few steps later it is nearer to the original."""
+    config = with_noise("watermark", skips=True)
+    torch.manual_seed(0)
+    task = Denoising(build_backbone("small", 32), config)
+    batch = Batch(colour_photos[:16], draws_for(16), 0.0)
+    noisy, _ = task.noisy(batch)
+    restored = task.eval().restore(noisy, None)
+    assert float((restored - noisy).abs().mean()) < 0.01
+    task.train()
+    optimizer = torch.optim.AdamW([*task.parameters(), *task.backbone.parameters()], 3e-3)
+    for _ in range(40):
+        out = task(batch)
+        out["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(out["error"]) < 0.7 * task.trivial(batch)["error"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from pretext.decoder import Decoder, weighted_error
 from pretext.inpainting import ChannelWise, Config, Inpainting, band_around, draw_hidden
 from pretext.task import Batch
+from unlabel import optim
 from unlabel.backbone import build_backbone
 from unlabel.draws import Draws
 from unlabel.errors import UserError
@@ -319,3 +320,89 @@ def test_learns_to_continue_simple_images() -> None:
         task(batch)["loss"].backward()
         optimizer.step()
     assert float(task(batch)["error"]) < 0.5 * task.trivial(batch)["error"]
+
+
+# ---------------------------------------------------------------- the adversarial loss
+
+
+def adversarial(size: int = 32, share: float = 0.1) -> Inpainting:
+    return make_task(Config(adversarial=share), size=size)
+
+
+def test_the_two_losses_against_their_definition() -> None:
+    """- log D for the painter; - log D(there) - log(1 - D(painted)) for the discriminator (equation 2)."""
+    task = adversarial()
+    assert task.discriminator is not None
+    painted, there = torch.randn(5, 3, 32, 32), torch.randn(5, 3, 32, 32)
+    deception, judgement, told = task.play(painted, there)
+    with torch.no_grad():
+        false, true = (task.discriminator(x).sigmoid().double() for x in (painted, there))
+    assert float(deception) == pytest.approx(float(-false.log().mean()), rel=1e-4)
+    assert float(judgement) == pytest.approx(float(-(true.log() + (1 - false).log()).mean()), rel=1e-4)
+    assert float(told) == pytest.approx(
+        (float((false < 0.5).double().mean()) + float((true > 0.5).double().mean())) / 2
+    )
+
+
+def test_neither_moves_the_other() -> None:
+    task = adversarial()
+    assert task.discriminator is not None
+    for which in (0, 1):
+        painted = torch.randn(3, 3, 32, 32, requires_grad=True)
+        task.zero_grad()
+        task.play(painted, torch.randn(3, 3, 32, 32))[which].backward()
+        moved = any(p.grad is not None and bool(p.grad.any()) for p in task.discriminator.parameters())
+        assert moved == (which == 1)
+        assert (painted.grad is not None and bool(painted.grad.any())) == (which == 0)
+
+
+def test_the_discriminator_sees_the_hidden_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, seen = adversarial(), []
+    real = task.play
+
+    def spy(painted: Tensor, there: Tensor):
+        seen.extend([painted.detach(), there.detach()])
+        return real(painted, there)
+
+    monkeypatch.setattr(task, "play", spy)
+    batch = make_batch(4, 32)
+    task(batch)
+    hidden = task.hidden(batch)
+    for images in seen:
+        assert not images.masked_select(~hidden).any()
+        assert images.masked_select(hidden).all()
+
+
+def test_without_it_nothing_changes_and_with_it_there_are_two_groups() -> None:
+    plain, both = make_task(size=32), adversarial()
+    assert len(plain.param_groups()) == 1
+    assert set(plain(make_batch(2, 32))) == {"loss", "error"}
+    own, judge = both.param_groups()
+    assert both.discriminator is not None
+    assert {id(p) for p in judge["params"]} == {id(p) for p in both.discriminator.parameters()}
+    assert len(own["params"]) + len(judge["params"]) == len(list(both.parameters()))
+    assert judge["lr_scale"] == 0.1
+    assert set(both.trivial(make_batch(2, 32))) == {"error", "told"} == set(both.metrics)
+    with pytest.raises(UserError, match="adversarial"):
+        make_task(Config(adversarial=1.0))
+
+
+def test_it_really_trains(colour_photos: Tensor) -> None:
+    """The discriminator first learns to tell, and against it the painter's deception gets better than without play."""
+    batch = Batch(colour_photos[:32], Draws(0, [0] * 32, range(32)), 0.0)
+    scores = {}
+    for share in (0.5, 0.001):
+        task = adversarial(share=share).train()
+        optimizers = optim.make_optimizers(task.backbone, task.param_groups(), "adamw", 2e-3, 0.0)
+        optimizers[0].param_groups[-1]["lr"] = 2e-3  # a quick judge
+        told = []
+        for _ in range(60):
+            out = task(batch)
+            out["loss"].backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            told.append(float(out["told"]))
+        assert max(told) > 0.9
+        scores[share] = told[-20:]
+    assert np.mean(scores[0.5]) < np.mean(scores[0.001])

@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pretext import TASKS
+from pretext import TASKS, load_task
 from pretext.denoising import Denoising
+from pretext.inpainting import Config
 from unlabel import checkpoint, optim
 from unlabel.backbone import build_backbone, load_backbone, save_backbone
 from unlabel.cli import main
@@ -84,6 +85,34 @@ def test_a_run_that_died_in_the_middle_of_an_epoch_ends_byte_for_byte_the_same(
     assert [line["step"] for line in lines[died]] == [2, 4, 6, 8, 10]  # cut back and written once
     assert lines[died] == lines[whole]  # also the line whose steps lay on both sides of a death
     assert len(list((died / "checkpoints").glob("step-*.pt"))) == 2
+
+
+def test_the_discriminators_optimiser_is_continued_too(digits_folder: Path, tmp_path: Path, monkeypatch):
+    own = {"task_settings": {"inpainting": {"adversarial": 0.1}}}
+    whole = pretrain(settings(digits_folder, tmp_path / "whole", "inpainting", **own))
+    config = settings(digits_folder, tmp_path / "died", "inpainting", **own)
+    killed_at(monkeypatch, config, saves=1)
+    died = pretrain(config)
+    states = [checkpoint.load_newest(run / "checkpoints") for run in (whole, died)]
+    names = [k for k in states[0]["model"] if "discriminator" in k]
+    assert names
+    assert all(torch.equal(states[0]["model"][k], states[1]["model"][k]) for k in states[0]["model"])
+    first, second = (state["optimizers"][0]["state"] for state in states)
+    assert all(torch.equal(first[k]["exp_avg"], second[k]["exp_avg"]) for k in first)
+    assert len(first) == len(
+        list(load_task("inpainting")(build_backbone("small", 32), Config(adversarial=0.1)).parameters())
+    ) + len(list(build_backbone("small", 32).parameters()))
+
+
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(digits_folder: Path, tmp_path: Path, monkeypatch):
+    config = settings(digits_folder, tmp_path / "run", "denoising")
+    killed_at(monkeypatch, config, saves=1)
+    about = json.loads((config.out / "config.json").read_text())
+    assert about["settings"].pop("flip") is True
+    (config.out / "config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="flip was True, now False"):
+        pretrain(dataclasses.replace(config, flip=False))
+    assert (pretrain(config) / "backbone.safetensors").exists()
 
 
 def test_run_folder_and_exported_weights(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -323,13 +352,18 @@ def test_two_processes_equal_one_and_continue_its_run(tasks, digits_folder: Path
     )
     flags += "--optimizer sgd --lr 0.05".split()
     if "rotation" in tasks:
-        flags += "--rotation.blocks 0 --sparse.penalty kl".split()
+        flags += (
+            "--rotation.blocks 0 --transformations.blocks 0 --sparse.penalty kl --inpainting.adversarial 0.1".split()
+        )
     command = ["pretrain", *tasks, "--data", str(digits_folder), *flags, "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "unlabel"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     own = {"backbone": "convnext_atto", "device": "cpu", "optimizer": "sgd", "lr": 0.05, "precision": "fp32"}
     if "rotation" in tasks:
-        own |= {"task_settings": {"rotation": {"blocks": 0}, "sparse": {"penalty": "kl"}}}
+        own |= {
+            "task_settings": {"rotation": {"blocks": 0}, "transformations": {"blocks": 0}, "sparse": {"penalty": "kl"}}
+        }
+        own["task_settings"]["inpainting"] = {"adversarial": 0.1}
     killed_at(monkeypatch, settings(digits_folder, tmp_path / "both", *tasks, **own), saves=1)
     for out in ("two", "both"):
         ran = subprocess.run(

@@ -21,7 +21,8 @@ from unlabel.augment import clean
 from unlabel.backbone import load_backbone
 from unlabel.cache import load_cache
 from unlabel.cli import main
-from unlabel.pictures import COLOURS, scatter, sheet
+from unlabel.colours import COLOURS
+from unlabel.pictures import scatter, sheet
 from unlabel.sources import open_source
 
 SIZE = 16

@@ -29,8 +29,8 @@ class Batches:
 
     plan: Plan
 
-    def __init__(self, cache: ImageCache, config: PretrainConfig, device: torch.device) -> None:
-        self.cache, self.seed, self.flip, self.device = cache, config.seed, config.flip, device
+    def __init__(self, cache: ImageCache, config: PretrainConfig, flip: bool, device: torch.device) -> None:
+        self.cache, self.seed, self.flip, self.device = cache, config.seed, flip, device
 
     def _images(self, indices: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(self.cache.images[indices])).to(self.device, non_blocking=True)

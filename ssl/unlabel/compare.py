@@ -17,6 +17,7 @@ import numpy as np
 
 from downstream import evaluate as ev
 from downstream.cost import print_cost
+from downstream.gallery import draw_gallery
 from downstream.split import Split, split_data
 from downstream.summary import summarise
 from pretext import load_task
@@ -212,6 +213,7 @@ def _table(
         split.pool, split.test, split.unlabelled.images, split.classes, counts, config.draws,
         tuple(dict.fromkeys(config.protocol)), backbone, image_size, pick_device(config.device), out, config.top_layers,
         hashlib.sha256("".join(split.unlabelled.hashes).encode()).hexdigest(), flip,
+        config.augment,
     )  # fmt: skip
     shared = [str(c) for c in numbers if not table.draws.disjoint_at(c)]
     if shared:
@@ -234,6 +236,7 @@ def _fill_and_report(
         write_skipped(out / "skipped.txt", split.skipped)
     rows, predictions = ev.fill(table, arms, tasks[0].name)
     results = summarise(table, tasks, arms, rows, predictions)
+    results["pictures"] = draw_gallery(table, tasks[0])
     results["provenance"] = _provenance(out, tasks, split) | origin
     _write(out, table, results, predictions)
     page = report.write_report(out)

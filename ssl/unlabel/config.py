@@ -150,6 +150,8 @@ class FewLabels:
     """Independent draws of labels; the same for every arm."""
     controls: bool = True
     """Random backbone, pixels, patches, and supervised training from scratch beside the tasks."""
+    augment: bool = True
+    """Crops, mirror images, colours and holes while fine-tuning; --no-augment shows labelled images as they are."""
     top_layers: int | None = None
     """Fine-tune only the last N stages (default: the protocol's presets)."""
     device: Device = "auto"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-__all__ = ["css", "embedded", "write_page"]
+__all__ = ["css", "data_uri", "figure", "write_page"]
+
+_PICTURE_BYTES = 300_000  # a larger picture is embedded as a JPEG of at most _PICTURE_SIDE pixels across
+_PICTURE_SIDE = 1000
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -40,10 +44,32 @@ def write_page(path: Path, title: str, sections: Iterable[str]) -> Path:
     return path
 
 
-def embedded(picture: Path, alt: str) -> str:
-    """A PNG as an `<img>` that needs no file beside the page."""
-    data = base64.b64encode(picture.read_bytes()).decode()
-    return f'<img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
+def data_uri(path: Path) -> tuple[str, int] | None:
+    """(data URI, width in pixels) of a picture, made smaller where it is large; None if unreadable."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            width, data, kind = image.width, path.read_bytes(), "png"
+            if image.format != "PNG" or len(data) > _PICTURE_BYTES:
+                small = image.convert("RGB")
+                small.thumbnail((_PICTURE_SIDE, 4 * _PICTURE_SIDE))
+                buffer = io.BytesIO()
+                small.save(buffer, "JPEG", quality=85)
+                width, data, kind = small.width, buffer.getvalue(), "jpeg"
+    except (OSError, ValueError, SyntaxError):  # Pillow's errors; a preview is not worth failing for
+        return None
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}", width
+
+
+def figure(path: Path, caption: str) -> str:
+    """A picture with its caption (text, not HTML); "" where there is no such picture."""
+    found = data_uri(path) if path.is_file() else None
+    if found is None:
+        return ""
+    about = escape(caption, quote=True)
+    return f'<figure class="picture"><img src="{found[0]}" alt="{about}"><figcaption>{about}</figcaption></figure>'
 
 
 def css() -> str:

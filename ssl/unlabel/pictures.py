@@ -12,12 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from unlabel.checkpoint import write_atomic
+from unlabel.colours import COLOURS
 
-__all__ = ["COLOURS", "scatter", "sheet", "to_uint8", "write_png"]
+__all__ = ["scatter", "sheet", "to_uint8", "write_png"]
 
-# The report's colours of arms, as the page has them by day, and four more.
-_HEX = "0072b2 d55e00 008a65 b0558f 3a9fd6 b98200 5b4bb5 7a7f87 c7352f 7fa51b 1b1d20 e39ac0"
-COLOURS = tuple(bytes.fromhex(c) for c in _HEX.split())
 GAP = 2
 
 

@@ -110,7 +110,8 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
         torch.manual_seed(mix(config.seed, "heads"))
         tasks = {n: cls(backbone, cls.Config(**config.task_settings.get(n, {}))) for n, cls in classes.items()}
     model = channels_last(Together(backbone, tasks, weights).to(device))
-    batch_of = Batches(cache, config, device)
+    flip = config.flip and all(cls.mirrors for cls in classes.values())
+    batch_of = Batches(cache, config, flip, device)
     phases = max(t.phases for t in tasks.values())
     if phases > 1 and len(tasks) > 1:
         raise UserError("a task in several phases cannot be summed with other tasks")

@@ -35,6 +35,7 @@ def write_report(folder: Path) -> Path:
         report_results.accuracy(results),
         report_results.differences(results),
         report_results.stages(results),
+        report_results.pictures(folder, results),
         report_origin.pretraining(runs, results),
         report_origin.cost(results),
         report_origin.chosen(results),

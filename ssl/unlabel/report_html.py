@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from unlabel.colours import COLOURS
 from unlabel.report_charts import legend
 from unlabel.report_plots import Panel, draw, swatch
 from unlabel.report_text import number
@@ -62,3 +63,11 @@ def html_figure(panels: Sequence[Panel], caption: str = "", keyed: bool = True) 
     charts = "".join(f"<div>{draw(panel)}</div>" for panel in panels)
     about = f"<figcaption>{caption}</figcaption>" if caption else ""
     return f'<figure>{key}<div class="panels">{charts}</div>{about}</figure>'
+
+
+def colour_key(names: Sequence[str]) -> str:
+    """Which class has which frame on a map of thumbnails."""
+    square = '<svg width="12" height="12" aria-hidden="true"><rect width="12" height="12" fill="#{}"/></svg>'
+    colours = (COLOURS[k % len(COLOURS)].hex() for k in range(len(names)))
+    items = (f"<li>{square.format(c)}{escape(name)}</li>" for c, name in zip(colours, names, strict=True))
+    return f'<ul class="legend">{"".join(items)}</ul>'

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 from collections import Counter
@@ -12,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from unlabel.page import data_uri
 from unlabel.report_charts import Run, run_panels
 from unlabel.report_html import html_figure, html_table, show, typeset
 from unlabel.report_plots import Style, styles
@@ -26,9 +25,6 @@ from unlabel.report_text import (
     section,
     unique,
 )
-
-_PICTURE_BYTES = 300_000  # a larger preview is embedded as a JPEG of at most _PICTURE_SIDE pixels across
-_PICTURE_SIDE = 1000
 
 _ABOUT_PROTOCOLS = {
     "linear": "The backbone stays frozen; a logistic regression on its features learns from the labels.",
@@ -75,7 +71,7 @@ def _previews(run: Run) -> str:
         latest[digits.sub("", path.stem)] = path
     parts = []
     for path in latest.values():
-        picture = _picture(path)
+        picture = data_uri(path)
         if picture is None:
             continue
         source, width = picture
@@ -86,25 +82,6 @@ def _previews(run: Run) -> str:
         image = f'<img src="{source}" alt="{about}" {size}>'
         parts.append(f'<figure class="picture">{image}<figcaption>{about}</figcaption></figure>')
     return "".join(parts)
-
-
-def _picture(path: Path) -> tuple[str, int] | None:
-    """(data URI, width in pixels) of a picture, made smaller where it is large; None if unreadable."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            width, data, kind = image.width, path.read_bytes(), "png"
-            if image.format != "PNG" or len(data) > _PICTURE_BYTES:
-                small = image.convert("RGB")
-                small.thumbnail((_PICTURE_SIDE, 4 * _PICTURE_SIDE))
-                buffer = io.BytesIO()
-                small.save(buffer, "JPEG", quality=85)
-                width, data, kind = small.width, buffer.getvalue(), "jpeg"
-    except (OSError, ValueError, SyntaxError):  # Pillow's errors; a preview is not worth failing for
-        return None
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}", width
 
 
 def cost(results: dict[str, Any]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from html import escape
+from pathlib import Path
 from typing import Any
 
+from unlabel.page import figure
 from unlabel.report_charts import accuracy_panels, stage_panels
-from unlabel.report_html import html_figure, html_table, scroll, show, typeset
+from unlabel.report_html import colour_key, html_figure, html_table, scroll, show, typeset
 from unlabel.report_plots import Style, strip, styles
 from unlabel.report_text import (
     Row,
@@ -152,3 +154,23 @@ def stages(results: dict[str, Any]) -> str:
         "stride: s8 holds one vector for every 8 × 8 pixels."
     )
     return "<h2>Stage by stage</h2>\n" + html_figure(panels, about)
+
+
+def pictures(folder: Path, results: dict[str, Any]) -> str:
+    """The test images on a map of the features, and the classifier's surest hits and misses."""
+    about = section(results, "pictures")
+    where, arm = folder / "pictures", str(about.get("arm") or "")
+    parts = []
+    known = section(about, "map")
+    names = [str(c) for c in known.get("classes") or []]
+    drawn = figure(
+        where / "map.png", f"{number(known.get('images')) or 0:,.0f} test images by {arm}'s frozen features (t-SNE)"
+    )
+    if names and drawn:
+        parts += [colour_key(names), drawn]
+    for key, words in (("hits", "surest and right"), ("misses", "surest and wrong")):
+        rows = [r for r in about.get(key) or [] if isinstance(r, dict)]
+        each = "; ".join(f"{r.get('said')} ({100 * (number(r.get('p')) or 0):.0f} %)" for r in rows)
+        parts.append(figure(where / f"{key}.png", f"The fine-tuned classifier, {words}: {each}") if rows else "")
+    inside = "\n".join(filter(None, parts))
+    return f"<h2>The images</h2>\n{inside}" if inside else ""
