@@ -31,6 +31,7 @@ from unlabel.page import figure, write_page
 from unlabel.pictures import sheet, to_uint8, write_png
 from unlabel.report_html import html_figure, html_table, show
 from unlabel.report_plots import Axis, Line, Panel, Point, Style, nice_axis
+from unlabel.runfolder import RunFolder, commit, hardware, versions
 from unlabel.sources import open_source
 
 __all__ = ["code_length", "compress", "data_of", "squared_error"]
@@ -197,6 +198,10 @@ def compress(config: CompressConfig) -> Path:
         "channels": images.shape[1],
         "fitted_on": len(fit),
         "points": points,
+        "runs": {run.resolve().name: _about(run) for run in config.runs},
+        "hardware": hardware(),
+        "versions": versions(),
+        "commit": commit(),
     }
     write_atomic(out / "compression.json", (json.dumps(about, indent=1) + "\n").encode())
     pictures = [to_uint8(torch.from_numpy(r).expand(-1, 3, -1, -1)) for r in rows]
@@ -219,6 +224,16 @@ def data_of(run: Path) -> tuple[str, ...]:
     if not spec:
         raise UserError(f"{run} does not name its data: give --train")
     return tuple(spec)
+
+
+def _about(run: Path) -> dict[str, Any]:
+    """How the run was trained, for whoever wants to do it again."""
+    about = RunFolder(run).read() or {}
+    done, asked = about.get("finished", {}), about.get("settings", {})
+    minutes = round(done.get("seconds", 0) / 60, 2)
+    kept = ("tasks", "backbone", "stem", "image_size", "minutes", "epochs", "batch_size", "lr", "task_settings", "seed")
+    found = {k: asked[k] for k in kept if asked.get(k) is not None}
+    return {**found, "images_seen": done.get("images_seen"), "minutes_taken": minutes, "commit": about.get("commit")}
 
 
 def _point(name: str, numbers: int, error: float, found: list[Rate]) -> dict[str, Any]:

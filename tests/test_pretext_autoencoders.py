@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-from pretext import load_task
 from pretext.autoencoder import Autoencoder
 from pretext.code import bernoulli_divergence
 from pretext.decoder import Decoder
@@ -153,21 +152,20 @@ def test_single_pixels_survive_a_decoder_that_goes_all_the_way(colour_photos: to
         decoder = Decoder(8, 4, 32, full=full)
         optimizer = torch.optim.Adam(decoder.parameters(), 1e-2)
         features = torch.randn(1, 8, 4, 4)
-        for _ in range(150):
+        for _ in range(400):
             loss = (decoder(features, 32) - board).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        errors[full] = float(loss)
+        errors[full] = float(loss.detach())
     assert errors[True] < 0.1 < 0.2 < errors[False]
 
 
 def test_more_channels_in_the_decoder():
-    task = load_task("autoencoder")
     few, many = (
-        sum(p.numel() for p in task(build_backbone("small", 32), task.Config(channels=c)).parameters())
+        sum(p.numel() for p in autoencoder(channels=c).code.decoder.parameters())
         for c in (16, 32)
     )
-    assert many > 1.5 * few
+    assert many > 2 * few
     with pytest.raises(UserError, match="channels 12"):
-        task(build_backbone("small", 32), task.Config(channels=12))
+        autoencoder(channels=12)

@@ -58,7 +58,7 @@ def test_what_is_cut_away_has_no_influence(colour_photos: torch.Tensor):
 
 def test_every_stage_learns(colour_photos: torch.Tensor):
     task = make()
-    torch.nn.init.normal_(task.paint[-1].weight, std=0.1)  # type: ignore[arg-type]
+    torch.nn.init.normal_(task.pyramid.paint[-1].weight, std=0.1)  # type: ignore[arg-type]
     task(batch_of(colour_photos[:4]))["loss"].backward()
     assert all(p.grad is not None for p in task.backbone.parameters())
 

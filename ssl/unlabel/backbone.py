@@ -160,7 +160,7 @@ def _change_stem(model: Any, stem: str) -> tuple[str, ...]:
     if stem == "timm":
         return ()
     if stem not in ("small", "half"):
-        raise UserError(f"unknown stem {stem!r}: auto, small or timm")
+        raise UserError(f"unknown stem {stem!r}: auto, small, half or timm")
     name, conv = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
     width: int = conv.out_channels
     chain = model.get_submodule(name.rpartition(".")[0])
@@ -196,8 +196,8 @@ def channels_last(module: M) -> M:
 def stem_for(name: str, image_size: int, stem: str) -> str:
     """What ``auto`` means for this network at this size; any other stem is itself."""
     if is_mlp(name):
-        if stem == "small":
-            raise UserError(f"--stem small: {name} has no stem to change")
+        if stem in ("small", "half"):
+            raise UserError(f"--stem {stem}: {name} has no stem to change")
         return "timm"
     if stem != "auto":
         return stem

@@ -71,8 +71,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     if split.seen:
         split.warnings.append(f"{split.seen} test images have a near-duplicate among those that it was pretrained on")
     arm = ev.Arm(_arm_name(config.run, about), "backbone", (_seed(about),), (config.run,))
-    stem = spec.stem if spec.stem in ("small", "timm") else "auto"
-    backbone = (about.get("settings", {}).get("backbone", spec.name), stem)
+    backbone = (about.get("settings", {}).get("backbone", spec.name), spec.stem)
     arms = _with_controls([arm], config)
     table = _table(config, split, backbone, spec.image_size, out, spec.flip)
     print_cost(table, arms)
