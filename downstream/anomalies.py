@@ -28,10 +28,9 @@ from tqdm import tqdm
 
 from downstream.compress import is_grey, seen
 from downstream.features import Block, extract, feature_stats, standardised
-from pretext.task import PretextTask
-from pretext.trained import batches, load_trained
+from downstream.trained import Load, Trained, device_of, name_of
 from unlabel.apply import safe_cell
-from unlabel.backbone import load_backbone
+from unlabel.backbone import Backbone, load_backbone
 from unlabel.cache import ImageCache, load_cache, printable
 from unlabel.checkpoint import write_atomic
 from unlabel.config import AnomaliesConfig
@@ -53,15 +52,15 @@ SHOWN = 16
 
 
 def score_images(
-    run: Path, normal: ImageCache, test: ImageCache, device: torch.device, same: bool = False
+    task: Trained, backbone: Backbone, normal: ImageCache, test: ImageCache, same: bool = False
 ) -> dict[str, np.ndarray]:
     """Score name to (N,) scores of the ``test`` images, higher is stranger; that of the task is the first.
 
+    ``backbone``: the exported one, with BatchNorm's statistics of clean images.
+
     ``same``: the test images are the normal ones themselves, so none is its own neighbour.
     """
-    task, backbone = load_trained(run).to(device), load_backbone(run).to(device)
-    task.backbone.to(device)
-    scores = {type(task).__name__.lower(): surprise(task, test)}
+    scores, device = {name_of(task): surprise(task, test)}, device_of(task)
     size = backbone.spec.image_size
     few = normal.subset(_spread(len(normal), AT_MOST))
     known = extract(backbone, few.images, size, device=device, progress="normal features")
@@ -83,9 +82,9 @@ def score_images(
 
 
 @torch.no_grad()
-def surprise(task: PretextTask, cache: ImageCache) -> np.ndarray:
+def surprise(task: Trained, cache: ImageCache) -> np.ndarray:
     """(N,): the task's own score."""
-    bar = tqdm(batches(task, cache.images), total=-(-len(cache) // 128), desc="score", unit="batch")
+    bar = tqdm(task.batches(cache.images), total=-(-len(cache) // 128), desc="score", unit="batch")
     return np.concatenate([task.surprise(batch).float().cpu().numpy() for batch in bar])
 
 
@@ -111,16 +110,18 @@ def judged(scores: dict[str, np.ndarray], strange: np.ndarray) -> dict[str, dict
     }
 
 
-def anomalies(config: AnomaliesConfig) -> Path:
+def anomalies(config: AnomaliesConfig, load: Load) -> Path:
     """Writes anomalies.csv (strangest first), anomalies.png, anomalies.html; and, with --normal, auroc.json."""
-    device, size = pick_device(config.device), load_backbone(config.run).spec.image_size
+    device = pick_device(config.device)
+    backbone, task = load_backbone(config.run).to(device), load(config.run, None, device)
+    size = backbone.spec.image_size
     normal = load_cache(open_source(config.data), size, max_skipped=config.max_skipped)
     test = normal
     if config.test:
         source = open_source(config.test, config.labels)
         test = load_cache(source, size, max_skipped=config.max_skipped)
     strange = _strange(config, test)
-    scores = score_images(config.run, normal, test, device, same=not config.test)
+    scores = score_images(task, backbone, normal, test, same=not config.test)
     out, first = config.out or config.run / "anomalies", next(iter(scores))
     order = np.argsort(-scores[first], kind="stable")
     text = io.StringIO()

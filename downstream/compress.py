@@ -19,8 +19,7 @@ import torch
 from sklearn.decomposition import PCA
 from tqdm import tqdm
 
-from pretext.task import PretextTask
-from pretext.trained import batches, load_trained
+from downstream.trained import Load, Trained, device_of, name_of
 from unlabel.augment import clean
 from unlabel.cache import ImageCache, Pixels, load_cache, printable
 from unlabel.checkpoint import write_atomic
@@ -92,7 +91,7 @@ class Principal:
 class Learned:
     """A trained task's code, through the same two methods."""
 
-    def __init__(self, task: PretextTask) -> None:
+    def __init__(self, task: Trained) -> None:
         self.task = task
 
     @torch.inference_mode()
@@ -103,14 +102,14 @@ class Learned:
 
     @torch.inference_mode()
     def from_code(self, code: np.ndarray) -> np.ndarray:
-        size, device = self.task.backbone.spec.image_size, next(self.task.parameters()).device
+        size, device = self.task.backbone.spec.image_size, device_of(self.task)
         parts = torch.from_numpy(code.astype(np.float32)).split(256)
         return np.concatenate([self.task.from_code(p.to(device), size).float().cpu().numpy() for p in parts])
 
 
-def _bar(task: PretextTask, images: Pixels, progress: str | None) -> Any:
+def _bar(task: Trained, images: Pixels, progress: str | None) -> Any:
     total = -(-len(images) // 128)
-    return tqdm(batches(task, images), total=total, desc=progress, unit="batch", disable=progress is None)
+    return tqdm(task.batches(images), total=total, desc=progress, unit="batch", disable=progress is None)
 
 
 def is_grey(images: Pixels) -> bool:
@@ -142,20 +141,17 @@ def _channels(painted: np.ndarray, images: np.ndarray) -> np.ndarray:
     return painted.mean(1, keepdims=True) if images.shape[1] == 1 else painted
 
 
-def compress(config: CompressConfig) -> Path:
+def compress(config: CompressConfig, load: Load) -> Path:
     """Every run's code beside as many principal components: compression.json, compression.html, examples.png."""
     if not config.runs:
         raise UserError("name at least one finished run of autoencoder, vae, sparse or contractive")
     device = pick_device(config.device)
-    tasks = {run.resolve().name: load_trained(run).to(device) for run in config.runs}
+    tasks: dict[str, Trained] = {run.resolve().name: load(run, None, device) for run in config.runs}
     if len(tasks) < len(config.runs):
         raise UserError("two runs have the same folder name, by which they are known: rename one")
     for run, task in zip(config.runs, tasks.values(), strict=True):
         if not (task.can("to_code") and task.can("from_code")):
-            raise UserError(
-                f"{run}: {type(task).__name__.lower()} makes no code; an autoencoder, vae, sparse, contractive does"
-            )
-        task.backbone.to(device)
+            raise UserError(f"{run}: {name_of(task)} makes no code; an autoencoder, vae, sparse, contractive does")
     sizes = {task.backbone.spec.image_size for task in tasks.values()}
     if len(sizes) > 1:
         raise UserError(

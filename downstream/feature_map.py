@@ -12,7 +12,7 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 
 from downstream.compress import Learned, seen
-from pretext.trained import load_trained
+from downstream.trained import Load, Trained, name_of
 from unlabel.apply import embed, safe_cell
 from unlabel.backbone import load_backbone
 from unlabel.cache import ImageCache, load_cache
@@ -49,7 +49,7 @@ def neighbours_agree(at: np.ndarray, labels: list[str]) -> float:
     return float((votes.argmax(1) == y).mean())
 
 
-def draw_map(config: MapConfig) -> Path:
+def draw_map(config: MapConfig, load: Load) -> Path:
     """Writes map.png, map.csv (name, x, y) and map.html."""
     device = pick_device(config.device)
     backbone = load_backbone(config.run).to(device)
@@ -60,10 +60,9 @@ def draw_map(config: MapConfig) -> Path:
     rows = np.unique(np.linspace(0, len(cache) - 1, min(config.images, len(cache))).round().astype(int))
     cache = cache.subset(np.random.default_rng(0).permutation(rows))
     if config.method == "code":
-        task = load_trained(config.run).to(device)
-        task.backbone.to(device)
+        task: Trained = load(config.run, None, device)
         if not task.can("to_code"):
-            raise UserError(f"{type(task).__name__.lower()} makes no code: --method tsne or pca")
+            raise UserError(f"{name_of(task)} makes no code: --method tsne or pca")
         at = Learned(task).to_code(cache.images, "code")
         if at.shape[1] != 2:
             raise UserError(f"the code has {at.shape[1]} numbers, not two: --method tsne or pca")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from downstream.quality import WINDOW, ssim
-from pretext.superresolution import psnr
-from pretext.task import Batch, PretextTask
-from pretext.trained import batches, load_trained
+from downstream.trained import Load, Trained, name_of
 from unlabel.augment import clean
 from unlabel.cache import ImageCache, load_cache, printable
 from unlabel.checkpoint import write_atomic
@@ -21,6 +19,7 @@ from unlabel.config import RestoreConfig
 from unlabel.distributed import pick_device
 from unlabel.errors import UserError
 from unlabel.pictures import sheet, to_uint8, write_png
+from unlabel.quality import WINDOW, psnr, ssim
 from unlabel.sources import open_source
 
 __all__ = ["restore"]
@@ -28,11 +27,10 @@ __all__ = ["restore"]
 SHOWN = 12
 
 
-def restore(config: RestoreConfig) -> Path:
+def restore(config: RestoreConfig, load: Load) -> Path:
     """Writes DIR/restored/NAME.png, DIR/before-after.png (rows: before, after, original) and DIR/restored.json."""
-    task = load_trained(config.run, config.task).to(pick_device(config.device))
-    task.backbone.to(pick_device(config.device))
-    kind = type(task).__name__.lower()
+    task: Trained = load(config.run, config.task, pick_device(config.device))
+    kind = name_of(task)
     if not task.can("restore"):
         raise UserError(f"{kind} repairs nothing: train denoising, inpainting, colorization or superresolution")
     if kind == "inpainting" and not (config.damage or config.hidden):
@@ -48,7 +46,7 @@ def restore(config: RestoreConfig) -> Path:
     scores: dict[str, list[Tensor]] = {}
     bar = tqdm(total=len(cache), desc="restore", unit="img")
     done = 0
-    for batch in batches(task, cache.images):
+    for batch in task.batches(cache.images):
         at = slice(done, done + len(batch.images))
         hidden = None if masks is None else _view(masks, at, size).mean(1, keepdim=True).to(batch.images.device) > 0.5
         before, after = _repaired(task, batch, hidden, config.damage)
@@ -84,7 +82,7 @@ def restore(config: RestoreConfig) -> Path:
 
 
 @torch.no_grad()
-def _repaired(task: PretextTask, batch: Batch, hidden: Tensor | None, damage: bool) -> tuple[Tensor, Tensor]:
+def _repaired(task: Trained, batch: Any, hidden: Tensor | None, damage: bool) -> tuple[Tensor, Tensor]:
     """Before and after, (N, 3, H, W) in [0, 1] each."""
     if damage:
         shown = task.show(batch)

@@ -8,9 +8,7 @@ import numpy as np
 import torch
 
 from downstream.compress import data_of
-from pretext.task import PretextTask
-from pretext.trained import load_trained
-from pretext.vae import VAE
+from downstream.trained import Load, Trained, name_of
 from unlabel.augment import clean
 from unlabel.cache import load_cache
 from unlabel.config import SampleConfig
@@ -25,29 +23,28 @@ __all__ = ["sample", "walk"]
 SIDE, WALKS = 10, 6  # images per row and column; pairs of images
 
 
-def sample(config: SampleConfig) -> Path:
+def sample(config: SampleConfig, load: Load) -> Path:
     """samples.png: codes drawn from the prior. walk.png: in each row an image, steps on the straight line from its
     code to another's, and that other image."""
     device = pick_device(config.device)
-    task = load_trained(config.run).to(device)
-    task.backbone.to(device)
-    if not isinstance(task, VAE):
-        raise UserError(f"{type(task).__name__.lower()} has no distribution to draw codes from: train vae")
+    task: Trained = load(config.run, None, device)
+    if not task.prior:
+        raise UserError(f"{name_of(task)} has no distribution to draw codes from: train vae")
     size, out = task.backbone.spec.image_size, config.out or config.run / "samples"
     generator = torch.Generator().manual_seed(mix(config.seed, "samples") >> 1)
-    codes = torch.randn(SIDE * SIDE, task.config.code, generator=generator)
-    made = to_uint8(task.from_code(codes.to(device), size))
-    first = write_png(out / "samples.png", sheet(list(made.reshape(SIDE, SIDE, *made.shape[1:]))))
     cache = load_cache(open_source(config.data or data_of(config.run)), size, max_skipped=1.0)
     rows = torch.randperm(len(cache), generator=generator)[: 2 * WALKS].numpy()
     images = clean(torch.from_numpy(np.array(cache.images[rows])), size).to(device)
+    codes = torch.randn(SIDE * SIDE, task.to_code(images).shape[1], generator=generator)
+    made = to_uint8(task.from_code(codes.to(device), size))
+    first = write_png(out / "samples.png", sheet(list(made.reshape(SIDE, SIDE, *made.shape[1:]))))
     pairs = [walk(task, a, b) for a, b in zip(images[::2], images[1::2], strict=False)]
     second = write_png(out / "walk.png", sheet(pairs))
     print(f"open {first} and {second}")
     return out
 
 
-def walk(task: PretextTask, a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
+def walk(task: Trained, a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
     """(SIDE, H, W, 3) uint8: image ``a`` (3, H, W), what lies between, image ``b``."""
     start, end = task.to_code(torch.stack([a, b]))
     share = torch.linspace(0, 1, SIDE - 2, device=start.device)[:, None]

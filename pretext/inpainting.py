@@ -155,7 +155,7 @@ class Inpainting(PretextTask):
             raise UserError(f"--inpainting.adversarial {config.adversarial}: a share, from 0 to below 1")
         self.discriminator = Discriminator() if config.adversarial else None
         if self.discriminator is not None:
-            self.metrics = {**type(self).metrics, "told": "min"}
+            self.__dict__["metrics"] = {**type(self).metrics, "told": "min"}  # this task has one more
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The discriminator learns more slowly than the painter, as in the paper, and without weight decay."""

@@ -20,8 +20,9 @@ from pretext.decoder import GROUPS, Pyramid
 from pretext.task import Batch, PretextTask, Recipe
 from unlabel.backbone import Backbone
 from unlabel.errors import UserError
+from unlabel.quality import psnr
 
-__all__ = ["SuperResolution", "psnr", "reduce"]
+__all__ = ["SuperResolution", "reduce"]
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,6 @@ def reduce(images: Tensor, scale: int) -> Tensor:
 def enlarge(images: Tensor, size: int) -> Tensor:
     """(N, C, h, w) to (N, C, size, size): bicubic, clipped to [0, 1]."""
     return F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False).clamp(0, 1)
-
-
-def psnr(guess: Tensor, images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image, (N,) in dB, over all pixels and the three RGB channels, peak 1."""
-    error = (guess.float().clamp(0, 1) - images.float()).square().mean((1, 2, 3))
-    return -10 * error.clamp(min=1e-10).log10()
 
 
 class SuperResolution(PretextTask):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from unlabel.augment import clean
 from unlabel.backbone import Backbone
+from unlabel.cache import Pixels
 from unlabel.draws import Draws
 
 __all__ = ["Batch", "PretextTask", "Recipe"]
@@ -58,6 +62,7 @@ class PretextTask(nn.Module):
         self.config = config
 
     backbone: Backbone
+    prior: ClassVar[bool] = False  # whether codes are drawn from a standard normal distribution
 
     def begin(self, phase: int) -> None:
         """Freeze or grow for phase 0 … phases - 1; a continued run calls it for each phase again, in order."""
@@ -96,6 +101,14 @@ class PretextTask(nn.Module):
     def restore(self, images: Tensor, hidden: Tensor | None) -> Tensor:
         """Damaged images (N, 3, H, W) in [0, 1], and where they are hidden (N, 1, H, W), to whole ones."""
         raise NotImplementedError
+
+    def batches(self, images: Pixels, batch_size: int = 128) -> Iterator[Batch]:
+        """uint8 images (N, R, R, 3), whole and upright, with draws that belong to their places."""
+        device, size = next(self.backbone.parameters()).device, self.backbone.spec.image_size
+        for at in range(0, len(images), batch_size):
+            pixels = torch.from_numpy(np.array(images[at : at + batch_size])).to(device)
+            draws = Draws(0, [0] * len(pixels), range(at, at + len(pixels)), device=device)
+            yield Batch(clean(pixels, size), draws, 1.0)
 
     @classmethod
     def can(cls, use: str) -> bool:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pretext import load_task
-from pretext.task import Batch, PretextTask
+from pretext.task import PretextTask
 from unlabel import checkpoint
-from unlabel.augment import clean
 from unlabel.backbone import load_backbone
-from unlabel.cache import Pixels
-from unlabel.draws import Draws
 from unlabel.errors import UserError
 
-__all__ = ["batches", "load_trained"]
+__all__ = ["load_trained"]
 
 
-def load_trained(run: Path, name: str | None = None) -> PretextTask:
+def load_trained(run: Path, name: str | None = None, device: torch.device | str = "cpu") -> PretextTask:
     """The task ``name`` (default: the first) of a finished run with its backbone, in eval mode, as training left them.
 
     The exported backbone differs in its BatchNorm statistics, which are for clean, upright images alone. Raises
@@ -53,14 +48,5 @@ def load_trained(run: Path, name: str | None = None) -> PretextTask:
             module.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"the checkpoint in {run} does not fit ({str(error).splitlines()[-1].strip()})") from None
-    backbone.eval()
-    return task.eval()
-
-
-def batches(task: PretextTask, images: Pixels, batch_size: int = 128, seed: int = 0) -> Iterator[Batch]:
-    """uint8 images (N, R, R, 3) as a task gets them, whole and upright, with draws that belong to their places."""
-    device, size = next(task.backbone.parameters()).device, task.backbone.spec.image_size
-    for at in range(0, len(images), batch_size):
-        pixels = torch.from_numpy(np.array(images[at : at + batch_size])).to(device)
-        rows = range(at, at + len(pixels))
-        yield Batch(clean(pixels, size), Draws(seed, [0] * len(pixels), rows, device=device), 1.0)
+    backbone.to(device).eval()
+    return task.to(device).eval()

@@ -56,6 +56,7 @@ class VAE(PretextTask):
     Config = Config
     metrics = {"bound": "min", "error": "min", "information": "max", "alive": "max"}  # noqa: RUF012
     recipe = Recipe(optimizer="adamw", lr=1e-3, weight_decay=0.05, batch_size=128)
+    prior = True
     config: Config
 
     def __init__(self, backbone: Backbone, config: Config) -> None:

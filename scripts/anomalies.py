@@ -25,6 +25,8 @@ import torch
 from scipy.stats import t as student
 
 from downstream.anomalies import judged, score_images
+from pretext.trained import load_trained
+from unlabel.backbone import load_backbone
 from unlabel.cache import load_cache
 from unlabel.cli import main as command_line
 from unlabel.distributed import pick_device
@@ -74,7 +76,9 @@ def one_class(args: argparse.Namespace, name: str, train: Path, test: Path) -> d
     new = load_cache(open_source(str(test)), args.image_size)
     assert new.labels is not None
     torch.manual_seed(0)
-    scores = score_images(run, normal, new, pick_device("auto"))
+    device = pick_device("auto")
+    task, backbone = load_trained(run, None, device), load_backbone(run).to(device)
+    scores = score_images(task, backbone, normal, new)
     found = judged(scores, np.array([label != name for label in new.labels]))
     stored.write_text(json.dumps(found, indent=1) + "\n")
     return found

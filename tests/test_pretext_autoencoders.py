@@ -162,10 +162,7 @@ def test_single_pixels_survive_a_decoder_that_goes_all_the_way(colour_photos: to
 
 
 def test_more_channels_in_the_decoder():
-    few, many = (
-        sum(p.numel() for p in autoencoder(channels=c).code.decoder.parameters())
-        for c in (16, 32)
-    )
+    few, many = (sum(p.numel() for p in autoencoder(channels=c).code.decoder.parameters()) for c in (16, 32))
     assert many > 2 * few
     with pytest.raises(UserError, match="channels 12"):
         autoencoder(channels=12)

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretext.superresolution import SuperResolution, enlarge, psnr, reduce
+from pretext.superresolution import SuperResolution, enlarge, reduce
 from pretext.task import Batch
 from unlabel.backbone import build_backbone
 from unlabel.draws import Draws
 from unlabel.errors import UserError
+from unlabel.quality import psnr
 
 
 def make(**settings) -> SuperResolution:

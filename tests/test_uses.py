@@ -15,14 +15,14 @@ from sklearn.decomposition import PCA
 from downstream import anomalies as an
 from downstream.compress import code_length, seen, squared_error
 from downstream.feature_map import flat, neighbours_agree
-from downstream.quality import ssim
-from pretext.trained import batches, load_trained
+from pretext.trained import load_trained
 from unlabel.augment import clean
 from unlabel.backbone import load_backbone
 from unlabel.cache import load_cache
 from unlabel.cli import main
 from unlabel.colours import COLOURS
 from unlabel.pictures import scatter, sheet
+from unlabel.quality import ssim
 from unlabel.sources import open_source
 
 SIZE = 16
@@ -50,7 +50,7 @@ def test_a_trained_task_does_what_it_did_at_the_end_of_training(runs, digits_fol
     run = runs("denoising")
     task = load_trained(run)
     cache = load_cache(open_source(str(digits_folder)), SIZE, progress=False)
-    batch = next(batches(task, cache.images[:8]))
+    batch = next(task.batches(cache.images[:8]))
     shown = task.show(type(batch)(batch.images, batch.draws.stream("denoising"), 1.0))["prediction"]
     last = np.asarray(Image.open(sorted((run / "previews").glob("*.png"))[-1]).convert("RGB"))
     side = 96 + 2  # previews are enlarged to 96 px, with 2 px between them
@@ -182,7 +182,7 @@ def test_rotation_is_surprised_by_what_it_cannot_turn_back(runs, digits_folder: 
     """The score is the mean over the turns of - log p, by hand; a blank image says nothing: log 4 at least."""
     task = load_trained(runs("rotation"))
     cache = load_cache(open_source(str(digits_folder)), SIZE, progress=False)
-    batch = next(batches(task, cache.images[:3]))
+    batch = next(task.batches(cache.images[:3]))
     expected = []
     with torch.no_grad():
         for image in batch.images:

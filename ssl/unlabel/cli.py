@@ -66,32 +66,37 @@ def predict(config: C.PredictConfig) -> None:
 
 def restore(config: C.RestoreConfig) -> None:
     from downstream.restore import restore
+    from pretext.trained import load_trained
 
-    restore(config)
+    restore(config, load_trained)
 
 
 def compress(config: C.CompressConfig) -> None:
     from downstream.compress import compress
+    from pretext.trained import load_trained
 
-    compress(config)
+    compress(config, load_trained)
 
 
 def anomalies(config: C.AnomaliesConfig) -> None:
     from downstream.anomalies import anomalies
+    from pretext.trained import load_trained
 
-    anomalies(config)
+    anomalies(config, load_trained)
 
 
 def draw_map(config: C.MapConfig) -> None:
     from downstream.feature_map import draw_map
+    from pretext.trained import load_trained
 
-    draw_map(config)
+    draw_map(config, load_trained)
 
 
 def sample(config: C.SampleConfig) -> None:
     from downstream.sample import sample
+    from pretext.trained import load_trained
 
-    sample(config)
+    sample(config, load_trained)
 
 
 def check(config: C.CheckConfig) -> int:

@@ -1,4 +1,4 @@
-"""How close a repaired image is to the original: the structural similarity index."""
+"""How close a repaired image is to the original: signal-to-noise ratio, structural similarity."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ssim"]
+__all__ = ["psnr", "ssim"]
 
 WINDOW, SIGMA = 11, 1.5
 K1, K2 = 0.01, 0.03
+
+
+def psnr(guess: Tensor, images: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image, (N,) in dB, over all pixels and the three RGB channels, peak 1."""
+    error = (guess.float().clamp(0, 1) - images.float()).square().mean((1, 2, 3))
+    return -10 * error.clamp(min=1e-10).log10()
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
