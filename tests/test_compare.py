@@ -17,6 +17,7 @@ import torch
 
 from downstream import evaluate as ev
 from downstream import finetune as ft
+from downstream.classifier import load_classifier
 from downstream.split import split_data
 from unlabel import compare
 from unlabel.augment import clean
@@ -102,6 +103,42 @@ def test_results_follow_the_schema(compared: Path):
     assert json.loads((compared / "runs/denoising-seed0/config.json").read_text())["settings"]["task_settings"] == {
         "denoising": {"noise": "masking"}
     }
+
+
+def test_the_report_shows_the_images(compared: Path):
+    """A map of the features, the surest hits and misses of the stored classifier, as predict would name them."""
+    pictures = json.loads((compared / "results.json").read_text())["pictures"]
+    assert pictures["arm"] == "rotation"
+    assert pictures["map"]["classes"] == ["0", "1", "2", "3"]
+    assert (compared / "pictures" / "map.png").exists()
+    page = (compared / "report.html").read_text()
+    model, classes = load_classifier(compared)
+    splits = json.loads((compared / "splits.json").read_text())["test"]
+    for key, words in (("hits", "surest and right"), ("misses", "surest and wrong")):
+        rows = pictures.get(key, [])
+        assert (words in page) == bool(rows)
+        assert [r["p"] for r in rows] == sorted((r["p"] for r in rows), reverse=True)
+        for row in rows:
+            assert (row["is"] == row["said"]) == (key == "hits")
+            assert splits["labels"][splits["names"].index(row["name"])] == row["is"]
+            assert row["said"] in classes
+    assert pictures.get("hits") or pictures.get("misses")
+    assert model.backbone.spec.image_size == 16
+
+
+def test_without_augmentation_labelled_images_are_seen_as_they_are(digits_folder: Path, tmp_path: Path, monkeypatch):
+    seen: list[torch.Tensor] = []
+    real = ft.Classifier.forward
+    monkeypatch.setattr(ft.Classifier, "forward", lambda self, x: (seen.append(x.detach()), real(self, x))[1])
+    images = load_cache(open_source(str(digits_folder)), 32, progress=False)
+    pixels, y = np.array(images.images[::8]), np.array([int(v) for v in images.labels or ()])[::8]
+    for augment in (True, False):
+        seen.clear()
+        preset = ft.Preset("short", 3, 1e-3, batch_size=8)
+        ft.finetune(build_backbone("small", 32), pixels, y, 4, [preset], augment=augment)
+        known = {x.tobytes() for x in (pixels.transpose(0, 3, 1, 2))}
+        views = [(v * 255).round().byte().numpy().tobytes() for batch in seen for v in batch]
+        assert all(v in known for v in views) == (not augment)
 
 
 def test_predictions_and_splits_let_others_test_again(compared: Path):

@@ -104,3 +104,28 @@ def test_other_backbones_get_gradients(name: str, model: str):
     task = make(name, model, 64)
     task(batch_of(torch.rand(2, 3, 64, 64)))["loss"].backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in task.backbone.parameters())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_a_trained_task_is_used_for(name: str, colour_photos: torch.Tensor):
+    """Surprise is a function of each image alone; codes and repaired images have their shapes."""
+    task = make(name).eval()
+    task.backbone.eval()
+    surprise = task.surprise(batch_of(colour_photos[:6]))
+    assert surprise.shape == (6,)
+    alone = [task.surprise(batch_of(colour_photos[:6], rows=slice(k, k + 1))) for k in range(6)]
+    assert torch.allclose(torch.cat(alone), surprise, rtol=1e-3, atol=1e-6)
+    images = colour_photos[:6]
+    assert task.can("to_code") == task.can("from_code")
+    if task.can("to_code"):
+        code = task.to_code(images)
+        assert code.shape[0] == 6
+        made = task.from_code(code, 32)
+        assert made.shape == (6, 3, 32, 32)
+        assert 0 <= float(made.min()) <= float(made.max()) <= 1
+    if task.can("restore"):
+        hidden = torch.zeros(6, 1, 32, 32, dtype=torch.bool)
+        hidden[:, :, 8:20, 8:20] = True
+        made = task.restore(images, hidden)
+        assert made.shape == images.shape
+        assert 0 <= float(made.min()) <= float(made.max()) <= 1

@@ -15,6 +15,7 @@ from sklearn.decomposition import PCA
 from downstream import anomalies as an
 from downstream.compress import code_length, seen, squared_error
 from downstream.feature_map import flat, neighbours_agree
+from downstream.gallery import surest
 from pretext.trained import load_trained
 from unlabel.augment import clean
 from unlabel.backbone import load_backbone
@@ -227,7 +228,7 @@ def test_map_command(runs, digits_folder: Path, tmp_path: Path, capsys):
         assert main([*command, "--out", str(out)]) == 0
         rows = list(csv.DictReader((out / "map.csv").open()))
         assert len(rows) == 100
-        assert "ten neighbours" in capsys.readouterr().out
+        assert "principal components of the pixels" in capsys.readouterr().out
         assert Image.open(out / "map.png").size == (1000, 1000)
     task, cache = load_trained(run), load_cache(open_source(str(digits_folder)), SIZE, progress=False)
     k = cache.names.index(rows[0]["name"])
@@ -340,3 +341,13 @@ def test_no_flip_is_kept_with_the_backbone(runs):
     run = runs("autoencoder", name="ae")
     assert load_backbone(run).spec.flip is False
     assert json.loads((run / "backbone.json").read_text())["flip"] is False
+
+
+def test_surest_hits_and_misses():
+    """By probability, not by the raw logit: adding a constant to an image's logits changes nothing."""
+    p = np.array([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.51, 0.49], [0.05, 0.95]])
+    y = np.array([0, 1, 0, 0, 0])
+    log_p = np.log(p) + np.array([0, 100, 0, -50, 7])[:, None]
+    found = surest(log_p, y)
+    assert found["hits"].tolist() == [0, 1, 3]
+    assert found["misses"].tolist() == [4, 2]
