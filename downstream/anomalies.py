@@ -26,12 +26,11 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import OneClassSVM
 from tqdm import tqdm
 
-from downstream.compress import is_grey, seen
-from downstream.features import Block, extract, feature_stats, standardised
-from downstream.trained import Load, Trained, device_of, name_of
+from downstream.features import Block, extract, feature_stats, is_grey, pixels_of, standardised
+from downstream.trained import Load, Trained, device_of
 from unlabel.apply import safe_cell
 from unlabel.backbone import Backbone, load_backbone
-from unlabel.cache import ImageCache, load_cache, printable
+from unlabel.cache import ImageCache, evenly_spaced, load_cache, printable
 from unlabel.checkpoint import write_atomic
 from unlabel.config import AnomaliesConfig
 from unlabel.distributed import pick_device
@@ -60,23 +59,26 @@ def score_images(
 
     ``same``: the test images are the normal ones themselves, so none is its own neighbour.
     """
-    scores, device = {name_of(task): surprise(task, test)}, device_of(task)
+    scores, device = {task.name: surprise(task, test)}, device_of(task)
     size = backbone.spec.image_size
-    few = normal.subset(_spread(len(normal), AT_MOST))
+    rows = evenly_spaced(len(normal), AT_MOST)
+    few, own = normal.subset(rows), np.full(len(test), -1)
+    if same:
+        own[rows] = np.arange(len(rows))
     known = extract(backbone, few.images, size, device=device, progress="normal features")
     blocks: list[Block] = [(stage, "2x2") for stage in known.stages[-2:]]
     stats = feature_stats(known)
     new = extract(backbone, test.images, size, device=device, progress="test features")
     both = [standardised(f, blocks, stats, np.arange(len(f))) for f in (known, new)]
-    scores["features"] = near(both[0], both[1], same)
+    scores["features"] = near(both[0], both[1], own)
     small = min(size, SIDE)
     channels = 1 if is_grey(few.images) and is_grey(test.images) else 3
-    known_px, new_px = (seen(c, small, channels, len(c)).reshape(len(c), -1) for c in (few, test))
-    scores["pixels"] = near(known_px, new_px, same)
+    known_px, new_px = (pixels_of(c, small, channels).reshape(len(c), -1) for c in (few, test))
+    scores["pixels"] = near(known_px, new_px, own)
     pca = PCA(min(COMPONENTS, *known_px.shape), svd_solver="randomized", random_state=0).fit(known_px)
     left = new_px - pca.inverse_transform(pca.transform(new_px))
     scores["components"] = np.square(left).sum(1)
-    machine = OneClassSVM(nu=0.1).fit(known_px[_spread(len(known_px), SVM_AT_MOST)])
+    machine = OneClassSVM(nu=0.1).fit(known_px[evenly_spaced(len(known_px), SVM_AT_MOST)])
     scores["svm"] = -machine.decision_function(new_px)
     return scores
 
@@ -84,19 +86,20 @@ def score_images(
 @torch.no_grad()
 def surprise(task: Trained, cache: ImageCache) -> np.ndarray:
     """(N,): the task's own score."""
-    bar = tqdm(task.batches(cache.images), total=-(-len(cache) // 128), desc="score", unit="batch")
+    bar = tqdm(task.batches(cache.images, cache.hashes), total=-(-len(cache) // 128), desc="score", unit="batch")
     return np.concatenate([task.surprise(batch).float().cpu().numpy() for batch in bar])
 
 
-def near(known: np.ndarray, new: np.ndarray, same: bool) -> np.ndarray:
-    """(N,): mean distance of the rows of ``new`` to their nearest neighbours among ``known``."""
-    k = min(NEIGHBOURS + same, len(known))
-    distance, _ = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(known).kneighbors(new)
-    return distance[:, 1:].mean(1) if same and k > 1 else distance.mean(1)
+def near(known: np.ndarray, new: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """(N,): mean distance of the rows of ``new`` to their nearest neighbours among ``known``.
 
-
-def _spread(n: int, at_most: int) -> np.ndarray:
-    return np.unique(np.linspace(0, n - 1, min(n, at_most)).round().astype(int))
+    ``own`` (N,): which row of ``known`` is the image itself and does not count; -1 for none.
+    """
+    k = min(NEIGHBOURS + 1, len(known))
+    distance, index = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(known).kneighbors(new)
+    distance = np.where(index == own[:, None], np.inf, distance)
+    nearest = np.sort(distance, axis=1)[:, :NEIGHBOURS]
+    return np.ma.masked_invalid(nearest).mean(1).filled(0.0)
 
 
 def judged(scores: dict[str, np.ndarray], strange: np.ndarray) -> dict[str, dict[str, float]]:
@@ -149,13 +152,15 @@ def anomalies(config: AnomaliesConfig, load: Load) -> Path:
 def _strange(config: AnomaliesConfig, test: ImageCache) -> np.ndarray | None:
     if not config.normal:
         return None
+    if not config.test:
+        raise UserError("--normal asks how well anomalies are told from normal images: give some of both by --test")
     if test.labels is None:
         raise UserError("--normal names classes, but the --test images have none: class folders, or --labels")
     unknown = sorted(set(config.normal) - set(test.labels))
     if unknown:
         raise UserError(f"--normal {unknown[0]}: the classes of --test are {', '.join(sorted(set(test.labels)))}")
     strange = np.array([label not in config.normal for label in test.labels])
-    if strange.all() or not strange.any():
+    if not strange.any():
         raise UserError("every --test image is normal: there is nothing to tell apart")
     return strange
 

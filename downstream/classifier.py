@@ -39,6 +39,8 @@ def save_classifier(model: Classifier, classes: list[str], folder: Path, key: st
 
 def stored_key(folder: Path) -> str | None:
     """The key of the classifier that is there."""
+    if not (folder / "classifier.safetensors").exists():
+        return None
     try:
         return json.loads((folder / "classifier.json").read_bytes().decode("utf-8", "surrogatepass")).get("cell")
     except (OSError, ValueError, AttributeError):

@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
-from tqdm import tqdm
 
-from downstream.trained import Load, Trained, device_of, name_of
-from unlabel.augment import clean
-from unlabel.cache import ImageCache, Pixels, load_cache, printable
+from downstream.features import is_grey, pixels_of
+from downstream.trained import Code, Load, Trained, data_of
+from unlabel.cache import evenly_spaced, load_cache, printable
 from unlabel.checkpoint import write_atomic
 from unlabel.config import CompressConfig
 from unlabel.distributed import pick_device
@@ -36,6 +35,7 @@ from unlabel.sources import open_source
 __all__ = ["code_length", "compress", "data_of", "squared_error"]
 
 ROOM = 1 << 26  # values of the images that PCA is fitted on, at most
+CODED = 10_000  # images that frequencies are counted on, at most
 STEPS = (2.0, 1.0, 0.5, 0.25, 0.125, 0.0625)  # of rounding, in the code's standard deviations
 SHOWN = 16
 
@@ -58,15 +58,13 @@ def squared_error(painted: np.ndarray, images: np.ndarray) -> float:
 def code_length(train: np.ndarray, test: np.ndarray) -> float:
     """Mean bits per row of ``test`` (M, K), whole numbers, by the frequencies of ``train`` (N, K), column by column.
 
-    Each count is one more than was seen, and every value between the extremes of both is in the table, and one beyond
-    for what is outside it.
+    The table of a column holds the values from its least to its largest in ``train``, each counted once more than it
+    was seen; ``test`` must lie within.
     """
     bits = 0.0
     for a, b in zip(train.T, test.T, strict=True):
-        low, high = int(a.min()) - 1, int(a.max()) + 1
-        counts = np.bincount(np.clip(a, low, high) - low, minlength=high - low + 1) + 1.0
-        p = counts / counts.sum()
-        bits += float(-np.log2(p[np.clip(b, low, high) - low]).mean())
+        counts = np.bincount(a - a.min()) + 1.0
+        bits += float(-np.log2(counts[b - a.min()] / counts.sum()).mean())
     return bits
 
 
@@ -75,7 +73,7 @@ class Principal:
 
     def __init__(self, images: np.ndarray, most: int) -> None:
         rows = images.reshape(len(images), -1)
-        most = min(most, *rows.shape)
+        self.most = most = min(most, *rows.shape)
         solver = "covariance_eigh" if rows.shape[1] <= 4096 else "randomized"
         self.pca = PCA(most, svd_solver=solver, random_state=0).fit(rows)
         self.shape = images.shape[1:]
@@ -88,51 +86,14 @@ class Principal:
         return (code @ np.asarray(self.pca.components_)[: code.shape[1]] + self.pca.mean_).reshape(-1, *self.shape)
 
 
-class Learned:
-    """A trained task's code, through the same two methods."""
-
-    def __init__(self, task: Trained) -> None:
-        self.task = task
-
-    @torch.inference_mode()
-    def to_code(self, images: Pixels, progress: str | None = None) -> np.ndarray:
-        """Of uint8 images (N, R, R, 3)."""
-        parts = [self.task.to_code(b.images).float().cpu().numpy() for b in _bar(self.task, images, progress)]
-        return np.concatenate(parts)
-
-    @torch.inference_mode()
-    def from_code(self, code: np.ndarray) -> np.ndarray:
-        size, device = self.task.backbone.spec.image_size, device_of(self.task)
-        parts = torch.from_numpy(code.astype(np.float32)).split(256)
-        return np.concatenate([self.task.from_code(p.to(device), size).float().cpu().numpy() for p in parts])
-
-
-def _bar(task: Trained, images: Pixels, progress: str | None) -> Any:
-    total = -(-len(images) // 128)
-    return tqdm(task.batches(images), total=total, desc=progress, unit="batch", disable=progress is None)
-
-
-def is_grey(images: Pixels) -> bool:
-    """Whether the three channels are the same in all images (N, R, R, 3)."""
-    parts = (images[at : at + 1024] for at in range(0, len(images), 1024))
-    return all(bool((p[..., :1] == p[..., 1:]).all()) for p in parts)
-
-
-def seen(cache: ImageCache, size: int, channels: int, at_most: int) -> np.ndarray:
-    """Up to ``at_most`` images, evenly spaced, as the task sees them: (N, channels, size, size) float32."""
-    rows = np.unique(np.linspace(0, len(cache) - 1, min(at_most, len(cache))).round().astype(int))
-    parts = np.array_split(rows, math.ceil(len(rows) / 1024))
-    views = (clean(torch.from_numpy(np.array(cache.images[p])), size)[:, :channels].numpy() for p in parts)
-    return np.concatenate(list(views))
-
-
 def rates(train: np.ndarray, test: np.ndarray, paint: Any, images: np.ndarray, pixels: int) -> list[Rate]:
-    """Error and size where the codes are rounded to multiples of ``STEPS`` of their own spread."""
+    """Error and size where the codes are rounded to multiples of ``STEPS`` of the spread of those in ``train``."""
     spread = float(np.sqrt(train.var(0).mean()))
     found = []
     for step in STEPS:
         grid = max(spread * step, 1e-12)
         a, b = (np.round(code / grid).astype(np.int64) for code in (train, test))
+        b = b.clip(a.min(0), a.max(0))  # what the table does not hold cannot be written
         found.append(Rate(step, code_length(a, b) / pixels, squared_error(paint(b * grid), images)))
     return found
 
@@ -147,11 +108,11 @@ def compress(config: CompressConfig, load: Load) -> Path:
         raise UserError("name at least one finished run of autoencoder, vae, sparse or contractive")
     device = pick_device(config.device)
     tasks: dict[str, Trained] = {run.resolve().name: load(run, None, device) for run in config.runs}
-    if len(tasks) < len(config.runs):
-        raise UserError("two runs have the same folder name, by which they are known: rename one")
+    if len(tasks) < len(config.runs) or "PCA" in tasks:
+        raise UserError("runs are known by their folders' names, which must differ, also from PCA: rename one")
     for run, task in zip(config.runs, tasks.values(), strict=True):
         if not (task.can("to_code") and task.can("from_code")):
-            raise UserError(f"{run}: {name_of(task)} makes no code; an autoencoder, vae, sparse, contractive does")
+            raise UserError(f"{run}: {task.name} makes no code; an autoencoder, vae, sparse, contractive does")
     sizes = {task.backbone.spec.image_size for task in tasks.values()}
     if len(sizes) > 1:
         raise UserError(
@@ -161,30 +122,31 @@ def compress(config: CompressConfig, load: Load) -> Path:
     train = load_cache(open_source(config.train or data_of(config.runs[0])), size, max_skipped=config.max_skipped)
     test = load_cache(open_source(config.data), size, max_skipped=config.max_skipped)
     channels = 1 if is_grey(train.images) and is_grey(test.images) else 3
-    fit = seen(train, size, channels, ROOM // (channels * size**2))
-    images = seen(test, size, channels, len(test))
+    room = ROOM // (channels * size**2)
+    train, test = (c.subset(evenly_spaced(len(c), room)) for c in (train, test))
+    if len(train) < 2:
+        raise UserError("principal components need two images at least: give more by --train")
+    fit, images = pixels_of(train, size, channels), pixels_of(test, size, channels)
+    coded = evenly_spaced(len(train), CODED)
     pixels, out = size * size, config.out or config.runs[0] / "compression"
-    codes = {name: Learned(task) for name, task in tasks.items()}
+    codes = {name: Code(task) for name, task in tasks.items()}
     test_codes = {name: code.to_code(test.images, f"{name} code") for name, code in codes.items()}
-    numbers = sorted({c.shape[1] for c in test_codes.values()})
-    pca = Principal(fit, max(numbers))
-    train_rows = train.images[np.unique(np.linspace(0, len(train) - 1, min(10_000, len(train))).round().astype(int))]
+    pca = Principal(fit, max(c.shape[1] for c in test_codes.values()))
+    numbers = sorted({min(c.shape[1], pca.most) for c in test_codes.values()})
 
-    some = np.unique(
-        np.linspace(0, len(images) - 1, SHOWN).round().astype(int)
-    )  # of all classes, where they are sorted
+    some = evenly_spaced(len(images), SHOWN)
     points, rows = [], [images[some]]
     for name, code in codes.items():
         test_code = test_codes[name]
         paint = lambda c, code=code: _channels(code.from_code(c), images)  # noqa: E731
         painted = paint(test_code)
-        rates_ = rates(code.to_code(train_rows), test_code, paint, images, pixels)
+        rates_ = rates(code.to_code(train.images[coded]), test_code, paint, images, pixels)
         points.append(_point(name, test_code.shape[1], squared_error(painted, images), rates_))
         rows.append(painted[some])
     for n in sorted({*numbers, *(n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n < max(numbers))}):
         test_code = pca.to_code(images, n)
         painted = pca.from_code(test_code)
-        rates_ = rates(pca.to_code(fit[:10_000], n), test_code, pca.from_code, images, pixels) if n in numbers else []
+        rates_ = rates(pca.to_code(fit[coded], n), test_code, pca.from_code, images, pixels) if n in numbers else []
         points.append(_point("PCA", n, squared_error(painted, images), rates_))
         if n in numbers:
             rows.append(painted[some])
@@ -215,13 +177,6 @@ def compress(config: CompressConfig, load: Load) -> Path:
     return out
 
 
-def data_of(run: Path) -> tuple[str, ...]:
-    spec = json.loads((run / "config.json").read_text()).get("data", {}).get("spec")
-    if not spec:
-        raise UserError(f"{run} does not name its data: give --train")
-    return tuple(spec)
-
-
 def _about(run: Path) -> dict[str, Any]:
     """How the run was trained, for whoever wants to do it again."""
     about = RunFolder(run).read() or {}
@@ -242,7 +197,7 @@ def _page(out: Path, about: dict[str, Any], examples: Path, rows: list[str]) -> 
     styles = {n: Style("control", "4 4", "square") if n == "PCA" else Style(f"a{k % 7}") for k, n in enumerate(names)}
 
     def line(name: str, at: list[tuple[float, float]]) -> Line:
-        return Line(name, styles[name], [Point(x, y) for x, y in at], joined=len(at) > 1)
+        return Line(name, styles[name], [Point(x, y) for x, y in at], joined=len(at) > 1, percent=False)
 
     by_number = [line(n, [(math.log2(p["numbers"]), p["error"]) for p in points if p["name"] == n]) for n in names]
     by_bits = [line(p["name"], [(r["bits_per_pixel"], r["error"]) for r in p["rates"]]) for p in points if p["rates"]]

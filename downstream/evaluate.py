@@ -28,7 +28,7 @@ from downstream.knn import fit_knn
 from downstream.label_draws import LabelDraws
 from downstream.probe import fit_head, fit_probe
 from unlabel.augment import clean
-from unlabel.backbone import Backbone, build_backbone, load_backbone, stem_for
+from unlabel.backbone import Backbone, build_backbone, load_backbone, read_spec, stem_for
 from unlabel.batchnorm import estimate_statistics
 from unlabel.cache import Rows, cache_side
 from unlabel.checkpoint import file_sha256, write_atomic
@@ -121,8 +121,8 @@ class Table:
     def fingerprint(self) -> str:
         parts = [*self.pool.hashes, "|", *self.test.hashes, *map(str, self.pool.y), *map(str, self.test.y)]
         parts += [str(self.image_size)]
-        side = self.pool.pixels.shape[1]
-        parts += [] if side == cache_side(self.image_size) else [str(side)]  # small images are packed as they are
+        sides = {self.pool.pixels.shape[1], self.test.pixels.shape[1]}
+        parts += sorted(map(str, sides - {cache_side(self.image_size)}))  # small images are packed as they are
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -248,6 +248,10 @@ class ArmFiller:
         return self._featurised
 
     @functools.cached_property
+    def _flip(self) -> bool:
+        return read_spec(self.arm.runs[self.k]).get("flip", True) if self.arm.kind == "backbone" else self.table.flip
+
+    @functools.cached_property
     def _start(self) -> Backbone:
         """Where fine-tuning starts: the network with BatchNorm's statistics of images at the size it is tuned at."""
         size = ft.view_size(self.network.spec.image_size)
@@ -276,7 +280,7 @@ class ArmFiller:
         if protocol == "finetune":
             presets = self.table.presets(count, self.arm.kind == "scratch")
             key += [ft.view_size(self.table.image_size), self.table.top_layers, [repr(p) for p in presets]]
-            key += [] if self.network.spec.flip else ["no flip"]
+            key += [] if self._flip else ["no flip"]
             key += [] if self.table.augment else ["no augmentation"]
         cell = self.store.get(key)
         wanted = keep is not None and stored_key(keep) != self.store.digest(key)

@@ -11,11 +11,11 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 
-from downstream.compress import Learned, seen
-from downstream.trained import Load, Trained, name_of
+from downstream.features import pixels_of
+from downstream.trained import Code, Load, Trained
 from unlabel.apply import embed, safe_cell
 from unlabel.backbone import load_backbone
-from unlabel.cache import ImageCache, load_cache
+from unlabel.cache import ImageCache, evenly_spaced, load_cache
 from unlabel.checkpoint import write_atomic
 from unlabel.config import MapConfig
 from unlabel.distributed import pick_device
@@ -33,6 +33,8 @@ SIDE = 32  # px of the pixels' own map, at most
 
 def flat(features: np.ndarray, method: str) -> np.ndarray:
     """(N, C) to (N, 2): principal components, or t-SNE (van der Maaten & Hinton 2008) of up to 50 of them."""
+    if not features.std(0).any():  # all images look alike to this network
+        return np.zeros((len(features), 2))
     if method == "pca":
         return PCA(2, random_state=0).fit_transform(features)
     few = PCA(min(50, *features.shape), random_state=0).fit_transform(features)
@@ -43,9 +45,9 @@ def flat(features: np.ndarray, method: str) -> np.ndarray:
 def neighbours_agree(at: np.ndarray, labels: list[str]) -> float:
     """Share of the points (N, 2) whose class is that of most of their ten nearest others."""
     k = min(NEIGHBOURS, len(at) - 1)
-    _, others = NearestNeighbors(n_neighbors=k + 1).fit(at).kneighbors(at)
+    others = NearestNeighbors(n_neighbors=k).fit(at).kneighbors(return_distance=False)  # without the point itself
     y = np.unique(labels, return_inverse=True)[1]
-    votes = np.stack([np.bincount(y[row[1:]], minlength=y.max() + 1) for row in others])
+    votes = np.stack([np.bincount(y[row], minlength=y.max() + 1) for row in others])
     return float((votes.argmax(1) == y).mean())
 
 
@@ -57,13 +59,13 @@ def draw_map(config: MapConfig, load: Load) -> Path:
     cache = load_cache(source, backbone.spec.image_size, max_skipped=config.max_skipped)
     if len(cache) < 3 or config.images < 3:
         raise UserError("a map needs three images or more")
-    rows = np.unique(np.linspace(0, len(cache) - 1, min(config.images, len(cache))).round().astype(int))
+    rows = evenly_spaced(len(cache), config.images)
     cache = cache.subset(np.random.default_rng(0).permutation(rows))
     if config.method == "code":
         task: Trained = load(config.run, None, device)
         if not task.can("to_code"):
-            raise UserError(f"{name_of(task)} makes no code: --method tsne or pca")
-        at = Learned(task).to_code(cache.images, "code")
+            raise UserError(f"{task.name} makes no code: --method tsne or pca")
+        at = Code(task).to_code(cache.images, "code")
         if at.shape[1] != 2:
             raise UserError(f"the code has {at.shape[1]} numbers, not two: --method tsne or pca")
     else:
@@ -84,7 +86,7 @@ def write_map(out: Path, at: np.ndarray, cache: ImageCache, method: str, size: i
     sections = ["<h1>A map of the images</h1>"]
     if groups is not None:
         agree = neighbours_agree(at, cache.labels or [])
-        pixels = seen(cache, min(size, SIDE), 3, len(cache)).reshape(len(cache), -1)
+        pixels = pixels_of(cache, min(size, SIDE), 3).reshape(len(cache), -1)
         plain = neighbours_agree(flat(pixels, "pca"), cache.labels or [])
         about = (
             f"{100 * agree:.1f} % of the images have the class of most of their ten neighbours on the map; "

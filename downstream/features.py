@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from unlabel import augment
 from unlabel.backbone import Backbone
-from unlabel.cache import Pixels
+from unlabel.cache import ImageCache, Pixels
 
 Block = tuple[str, str]  # a stage and how it is pooled: "1x1" or "2x2"
 
@@ -116,3 +116,16 @@ def extract(
         {stage: np.concatenate(parts) for stage, parts in one.items()},
         {stage: np.concatenate(parts) for stage, parts in two.items()},
     )
+
+
+def is_grey(images: Pixels) -> bool:
+    """Whether the three channels are the same in all images (N, R, R, 3)."""
+    parts = (images[at : at + 1024] for at in range(0, len(images), 1024))
+    return all(bool((p[..., :1] == p[..., 1:]).all()) for p in parts)
+
+
+def pixels_of(cache: ImageCache, size: int, channels: int) -> np.ndarray:
+    """The images as a backbone at ``size`` px sees them: (N, channels, size, size) float32 in [0, 1]."""
+    parts = np.array_split(np.arange(len(cache)), max(1, len(cache) // 1024))
+    views = (augment.clean(torch.from_numpy(np.array(cache.images[p])), size)[:, :channels].numpy() for p in parts)
+    return np.concatenate(list(views))

@@ -12,7 +12,7 @@ from downstream.feature_map import flat
 from downstream.finetune import predict_logits
 from unlabel.apply import embed
 from unlabel.backbone import load_backbone
-from unlabel.cache import Rows
+from unlabel.cache import Rows, evenly_spaced
 from unlabel.pictures import scatter, sheet, write_png
 
 __all__ = ["draw_gallery", "surest"]
@@ -25,7 +25,7 @@ def draw_gallery(table: ev.Table, arm: ev.Arm) -> dict[str, Any]:
     folder, test = table.out / "pictures", table.test
     for old in ("map", "hits", "misses"):
         (folder / f"{old}.png").unlink(missing_ok=True)
-    rows = _some(len(test), MAPPED)
+    rows = evenly_spaced(len(test), MAPPED)
     backbone = load_backbone(arm.runs[0]).to(table.device)
     images = np.array(Rows(test.pixels, rows))
     about: dict[str, Any] = {"arm": arm.name}
@@ -33,12 +33,11 @@ def draw_gallery(table: ev.Table, arm: ev.Arm) -> dict[str, Any]:
         at = flat(embed(backbone, images), "tsne")
         write_png(folder / "map.png", scatter(at, images, test.y[rows]))
         about["map"] = {"images": len(rows), "classes": table.classes}
-    if stored_key(table.out) is None:
+    # Otherwise what lies there, if anything, is another table's; fine-tuning keeps this arm's, or had it already.
+    if "finetune" not in arm.protocols(table.protocols) or stored_key(table.out) is None:
         return about
     model, classes = load_classifier(table.out)
-    if classes != table.classes:  # left there by another table
-        return about
-    rows = _some(len(test), JUDGED)
+    rows = evenly_spaced(len(test), JUDGED)
     log_p = predict_logits(model.to(table.device), Rows(test.pixels, rows))
     for name, picks in surest(log_p, test.y[rows]).items():
         if not len(picks):
@@ -65,7 +64,3 @@ def surest(log_p: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     order = np.argsort(-margin, kind="stable")
     right = said[order] == y[order]
     return {"hits": order[right][:SHOWN], "misses": order[~right][:SHOWN]}
-
-
-def _some(n: int, at_most: int) -> np.ndarray:
-    return np.unique(np.linspace(0, n - 1, min(n, at_most)).round().astype(int))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from downstream.trained import Load, Trained, name_of
+from downstream.trained import Load, Trained
 from unlabel.augment import clean
 from unlabel.cache import ImageCache, load_cache, printable
 from unlabel.checkpoint import write_atomic
@@ -19,36 +19,46 @@ from unlabel.config import RestoreConfig
 from unlabel.distributed import pick_device
 from unlabel.errors import UserError
 from unlabel.pictures import sheet, to_uint8, write_png
-from unlabel.quality import WINDOW, psnr, ssim
+from unlabel.quality import psnr, ssim
 from unlabel.sources import open_source
 
 __all__ = ["restore"]
 
 SHOWN = 12
+TOUCHED = 0.03  # mean of a mask over a pixel of the small image, from which on it is hidden
+REPAIR = ("denoising", "inpainting", "colorization", "superresolution")
 
 
 def restore(config: RestoreConfig, load: Load) -> Path:
     """Writes DIR/restored/NAME.png, DIR/before-after.png (rows: before, after, original) and DIR/restored.json."""
     task: Trained = load(config.run, config.task, pick_device(config.device))
-    kind = name_of(task)
+    kind = task.name
     if not task.can("restore"):
-        raise UserError(f"{kind} repairs nothing: train denoising, inpainting, colorization or superresolution")
+        raise UserError(f"{kind} repairs nothing: name another --task of the run, or train one of {', '.join(REPAIR)}")
+    if config.hidden and kind != "inpainting":
+        raise UserError(f"--hidden is for inpainting; {kind} looks at the whole image")
     if kind == "inpainting" and not (config.damage or config.hidden):
         raise UserError("inpainting must know what is hidden: give masks by --hidden, or --damage to hide parts")
     if config.damage and (config.clean or config.hidden):
         raise UserError("--damage makes its own damage, and its images are the originals: no --clean, no --hidden")
     size = task.backbone.spec.image_size
+    _refuse_overwriting(config)
     cache = load_cache(open_source(config.data), size, max_skipped=config.max_skipped)
+    _by_stem(cache, "--data")
     originals = _like(cache, config.clean, size, "--clean") if config.clean else None
     masks = _like(cache, config.hidden, size, "--hidden") if config.hidden else None
+    touched = 0
 
     rows: list[list[np.ndarray]] = [[], [], []]
     scores: dict[str, list[Tensor]] = {}
     bar = tqdm(total=len(cache), desc="restore", unit="img")
     done = 0
-    for batch in task.batches(cache.images):
+    for batch in task.batches(cache.images, cache.hashes):
         at = slice(done, done + len(batch.images))
-        hidden = None if masks is None else _view(masks, at, size).mean(1, keepdim=True).to(batch.images.device) > 0.5
+        hidden = None
+        if masks is not None:  # whatever a mask touches, also where it is thinner than a pixel of the small image
+            hidden = _view(masks, at, size).mean(1, keepdim=True).to(batch.images.device) > TOUCHED
+            touched += int(hidden.sum())
         before, after = _repaired(task, batch, hidden, config.damage)
         original = batch.images if config.damage else None if originals is None else _view(originals, at, size)
         for name, image in zip(cache.names[at], to_uint8(after), strict=True):
@@ -57,14 +67,15 @@ def restore(config: RestoreConfig, load: Load) -> Path:
             original = original.to(after.device)
             for key, image in (("before", before), ("after", after)):
                 scores.setdefault(f"psnr_{key}", []).append(psnr(image, original).cpu())
-                if size >= WINDOW:
-                    scores.setdefault(f"ssim_{key}", []).append(ssim(image.clamp(0, 1), original).cpu())
+                scores.setdefault(f"ssim_{key}", []).append(ssim(image.clamp(0, 1), original))
         for row, images in zip(rows, (before, after, original), strict=True):
             if images is not None and done < SHOWN:
                 row.extend(to_uint8(images)[: SHOWN - done])
         done += len(batch.images)
         bar.update(len(batch.images))
     bar.close()
+    if masks is not None and not touched:
+        raise UserError(f"no mask of {config.hidden} hides anything: what is hidden has to be bright, up to white")
     found = {k: float(torch.cat(v).mean()) for k, v in scores.items()}
     about = {"run": config.run.resolve().name, "task": kind, "images": len(cache), **found}
     write_atomic(config.out / "restored.json", (json.dumps(about, indent=1) + "\n").encode())
@@ -92,10 +103,28 @@ def _repaired(task: Trained, batch: Any, hidden: Tensor | None, damage: bool) ->
     return (before if hidden is None else before.masked_fill(hidden, 0.5)), after
 
 
+def _refuse_overwriting(config: RestoreConfig) -> None:
+    """Repaired images must not land among those that they are made of."""
+    out = (config.out / "restored").resolve()
+    for spec in config.data:
+        data = Path(spec).resolve()
+        if data.is_dir() and (out.is_relative_to(data) or data.is_relative_to(out)):
+            raise UserError(f"--out {config.out} would write into --data {spec}: choose another folder")
+
+
+def _by_stem(cache: ImageCache, option: str) -> dict[str, int]:
+    """Name without its suffix to row; two images of one such name would be written over each other."""
+    rows: dict[str, int] = {}
+    for k, name in enumerate(cache.names):
+        if rows.setdefault(_stem(name), k) != k:
+            raise UserError(f"{option}: {cache.names[rows[_stem(name)]]!r} and {name!r} differ in their suffix at most")
+    return rows
+
+
 def _like(cache: ImageCache, spec: str, size: int, option: str) -> ImageCache:
     """The images of ``spec`` that have the names of ``cache``'s, suffix aside, in its order."""
     other = load_cache(open_source(spec), size, max_skipped=1.0)
-    at = {_stem(name): k for k, name in enumerate(other.names)}
+    at = _by_stem(other, option)
     missing = [name for name in cache.names if _stem(name) not in at]
     if missing:
         raise UserError(
@@ -105,7 +134,7 @@ def _like(cache: ImageCache, spec: str, size: int, option: str) -> ImageCache:
 
 
 def _stem(name: str) -> str:
-    return name.rsplit(".", 1)[0]
+    return PurePosixPath(name).with_suffix("").as_posix()
 
 
 def _view(cache: ImageCache, at: slice, size: int) -> Tensor:

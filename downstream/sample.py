@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from downstream.compress import data_of
-from downstream.trained import Load, Trained, name_of
+from downstream.trained import Load, Trained, data_of
 from unlabel.augment import clean
 from unlabel.cache import load_cache
 from unlabel.config import SampleConfig
@@ -29,10 +28,12 @@ def sample(config: SampleConfig, load: Load) -> Path:
     device = pick_device(config.device)
     task: Trained = load(config.run, None, device)
     if not task.prior:
-        raise UserError(f"{name_of(task)} has no distribution to draw codes from: train vae")
+        raise UserError(f"{task.name} has no distribution to draw codes from: train vae")
     size, out = task.backbone.spec.image_size, config.out or config.run / "samples"
     generator = torch.Generator().manual_seed(mix(config.seed, "samples") >> 1)
     cache = load_cache(open_source(config.data or data_of(config.run)), size, max_skipped=1.0)
+    if len(cache) < 2:
+        raise UserError("a walk needs two images: give more by --data")
     rows = torch.randperm(len(cache), generator=generator)[: 2 * WALKS].numpy()
     images = clean(torch.from_numpy(np.array(cache.images[rows])), size).to(device)
     codes = torch.randn(SIDE * SIDE, task.to_code(images).shape[1], generator=generator)

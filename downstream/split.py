@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from downstream import evaluate as ev
-from unlabel.cache import ImageCache, load_cache
+from unlabel.cache import ImageCache, evenly_spaced, load_cache
 from unlabel.config import FewLabels
 from unlabel.duplicates import clusters, content_split
 from unlabel.errors import UserError
@@ -140,6 +140,5 @@ def _same_classes(train: Sequence[str], test: Sequence[str], split_off: bool) ->
 
 
 def _spread(cache: ImageCache, at_most: int = 8192) -> ImageCache:
-    """Evenly spaced images, shuffled: sources are sorted, so the first ones are not a sample."""
-    rows = np.unique(np.linspace(0, len(cache) - 1, min(at_most, len(cache))).round().astype(int))
-    return cache.subset(np.random.default_rng(0).permutation(rows))
+    """Evenly spaced images, shuffled."""
+    return cache.subset(np.random.default_rng(0).permutation(evenly_spaced(len(cache), at_most)))

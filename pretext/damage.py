@@ -26,7 +26,10 @@ SHAPES, FOLDS = 3, 2  # per image
 
 @functools.lru_cache
 def stamps() -> Tensor:
-    """(STAMPS, 1, STAMP, STAMP) in [0, 1]: words in one or two lines, and simple logos, in turn. Always the same."""
+    """(STAMPS, 1, STAMP, STAMP) in [0, 1]: words in one or two lines, and simple logos, in turn.
+
+    Always the same, but for how Pillow's font looks in its version.
+    """
     rng = np.random.default_rng(0)
     letters = list("ABCDEFGHIJKLMNOPRSTUVWXYZ")
     made = []

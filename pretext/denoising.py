@@ -23,6 +23,7 @@ from pretext.task import Batch, PretextTask, Recipe
 from unlabel.backbone import Backbone
 from unlabel.draws import Draws
 from unlabel.errors import UserError
+from unlabel.mlp import Mlp
 
 __all__ = ["Denoising", "corrupt"]
 
@@ -97,6 +98,8 @@ class Denoising(PretextTask):
             )
         self.low, self.high = float(levels[0]), float(levels[-1])
         self.decoder: nn.Module
+        if config.skips and isinstance(backbone.model, Mlp):
+            raise UserError("--denoising.skips needs a ConvNet: dense layers keep no places")
         if config.skips:
             self.decoder = Pyramid(backbone, SKIP_WIDTH)
         else:

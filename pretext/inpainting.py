@@ -164,7 +164,10 @@ class Inpainting(PretextTask):
         judge = list(self.discriminator.parameters())
         ids = {id(p) for p in judge}
         own = [p for p in self.parameters() if id(p) not in ids]
-        return [{"params": own}, {"params": judge, "lr_scale": 0.1, "betas": (0.5, 0.999), "weight_decay": 0.0}]
+        return [
+            {"params": own},
+            {"params": judge, "optimizer": "adamw", "lr_scale": 0.1, "betas": (0.5, 0.999), "weight_decay": 0.0},
+        ]
 
     def hidden(self, batch: Batch) -> Tensor:
         """(N, 1, H, W) bool: what this batch's draws hide."""

@@ -156,6 +156,12 @@ class Jigsaw(PretextTask):
             "accuracy": (logits.detach().argmax(1) == answer).float().mean(),
         }
 
+    @torch.no_grad()
+    def surprise(self, batch: Batch) -> Tensor:
+        """- log p of the right answer."""
+        cut, answer, order = self.cut(batch)
+        return F.cross_entropy(self.logits(_take(cut, order)).float(), answer, reduction="none")
+
     def trivial(self, batch: Batch) -> dict[str, float]:
         return {"accuracy": 1 / self.answers}
 

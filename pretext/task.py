@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +16,8 @@ from unlabel.cache import Pixels
 from unlabel.draws import Draws
 
 __all__ = ["Batch", "PretextTask", "Recipe"]
+
+BATCH = 128  # images at a time, where a trained task is used
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class PretextTask(nn.Module):
         self.config = config
 
     backbone: Backbone
+    name: str = ""  # in TASKS; set where a trained task is loaded
     prior: ClassVar[bool] = False  # whether codes are drawn from a standard normal distribution
 
     def begin(self, phase: int) -> None:
@@ -102,12 +105,13 @@ class PretextTask(nn.Module):
         """Damaged images (N, 3, H, W) in [0, 1], and where they are hidden (N, 1, H, W), to whole ones."""
         raise NotImplementedError
 
-    def batches(self, images: Pixels, batch_size: int = 128) -> Iterator[Batch]:
-        """uint8 images (N, R, R, 3), whole and upright, with draws that belong to their places."""
+    def batches(self, images: Pixels, hashes: Sequence[str] = ()) -> Iterator[Batch]:
+        """uint8 images (N, R, R, 3), whole and upright. Draws belong to their ``hashes``, or else to their places."""
         device, size = next(self.backbone.parameters()).device, self.backbone.spec.image_size
-        for at in range(0, len(images), batch_size):
-            pixels = torch.from_numpy(np.array(images[at : at + batch_size])).to(device)
-            draws = Draws(0, [0] * len(pixels), range(at, at + len(pixels)), device=device)
+        numbers = [int(h[:12], 16) for h in hashes] or range(len(images))
+        for at in range(0, len(images), BATCH):
+            pixels = torch.from_numpy(np.array(images[at : at + BATCH])).to(device)
+            draws = Draws(0, [0] * len(pixels), numbers[at : at + BATCH], device=device)
             yield Batch(clean(pixels, size), draws, 1.0)
 
     @classmethod

@@ -38,7 +38,12 @@ def load_trained(run: Path, name: str | None = None, device: torch.device | str 
         )
     cls = load_task(name)
     own = settings.get("task_settings", {}).get(name, {})
-    task = cls(backbone, cls.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}))
+    try:
+        config = cls.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+    except TypeError as error:
+        raise UserError(f"{run / 'config.json'} has a setting that {name} does not know ({error})") from None
+    task = cls(backbone, config)
+    task.name = name
     for phase in range(int(state["phase"]) + 1):
         task.begin(phase)
     parts = {"backbone": backbone, f"tasks.{name}": task}

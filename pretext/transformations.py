@@ -82,7 +82,9 @@ class Transformations(PretextTask):
         """Mean over the 72 transformations of - log p(the transformation)."""
         total = torch.zeros(len(batch.images), device=batch.images.device)
         for kind in range(KINDS):
-            views, turns = four_rotations(moved(batch.images, torch.full((len(batch.images),), kind)))
+            views, turns = four_rotations(
+                moved(batch.images, torch.full((len(batch.images),), kind, device=total.device))
+            )
             loss = F.cross_entropy(self.logits(views), 4 * kind + turns, reduction="none")
             total += loss.view(4, -1).sum(0)
         return total / (4 * KINDS)

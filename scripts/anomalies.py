@@ -21,7 +21,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy.stats import t as student
 
 from downstream.anomalies import judged, score_images
@@ -65,8 +64,10 @@ def solar_cells(data: Path, kind: str, out: Path) -> tuple[Path, Path]:
 
 def one_class(args: argparse.Namespace, name: str, train: Path, test: Path) -> dict[str, dict[str, float]]:
     stored = args.out / f"{args.task}-{name}.json"
-    if stored.exists():
-        return json.loads(stored.read_text())
+    settings = [args.minutes, args.image_size, *args.flags]
+    known = json.loads(stored.read_text()) if stored.exists() else {}
+    if known.get("settings") == settings:
+        return known["scores"]
     run = args.out / "runs" / f"{args.task}-{name}"
     command = ["pretrain", args.task, "--data", str(train / name), "--out", str(run), *args.flags]
     command += ["--image-size", str(args.image_size), "--minutes", str(args.minutes), "--no-flip"]
@@ -75,12 +76,11 @@ def one_class(args: argparse.Namespace, name: str, train: Path, test: Path) -> d
     normal = load_cache(open_source(str(train / name)), args.image_size)
     new = load_cache(open_source(str(test)), args.image_size)
     assert new.labels is not None
-    torch.manual_seed(0)
     device = pick_device("auto")
     task, backbone = load_trained(run, None, device), load_backbone(run).to(device)
     scores = score_images(task, backbone, normal, new)
     found = judged(scores, np.array([label != name for label in new.labels]))
-    stored.write_text(json.dumps(found, indent=1) + "\n")
+    stored.write_text(json.dumps({"settings": settings, "scores": found}, indent=1) + "\n")
     return found
 
 
@@ -106,11 +106,11 @@ def main() -> None:
     name = args.name or args.train
     spec = args.test or own_test_split(args.train)
     if args.elpv:
-        train, test = solar_cells(args.elpv, args.train.removeprefix("elpv-"), args.out)
+        train, test = solar_cells(args.elpv, args.train.removeprefix("elpv-"), args.out / name)
     elif spec is None:
         parser.error("--test is needed")
     else:
-        train, test = write_out(args.train, args.out / "train"), write_out(spec, args.out / "test")
+        train, test = write_out(args.train, args.out / name / "train"), write_out(spec, args.out / name / "test")
     classes = sorted(p.name for p in train.iterdir())
     table = {c: one_class(args, c, train, test) for c in classes}
     means = {s: float(np.mean([table[c][s]["auroc"] for c in classes])) for s in table[classes[0]]}

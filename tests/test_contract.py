@@ -108,7 +108,7 @@ def test_other_backbones_get_gradients(name: str, model: str):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_what_a_trained_task_is_used_for(name: str, colour_photos: torch.Tensor):
-    """Surprise is a function of each image alone; codes and repaired images have their shapes."""
+    """Surprise is a function of each image and its draws; codes and repaired images have their shapes."""
     task = make(name).eval()
     task.backbone.eval()
     surprise = task.surprise(batch_of(colour_photos[:6]))

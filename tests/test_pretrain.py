@@ -114,6 +114,30 @@ def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(digits_fol
     assert (pretrain(config) / "backbone.safetensors").exists()
 
 
+def test_a_run_on_other_pixels_or_of_another_version_is_refused(digits_folder: Path, tmp_path: Path, monkeypatch):
+    """Before, small images were enlarged by a quarter in the cache: such a run cannot be continued exactly."""
+    config = settings(digits_folder, tmp_path / "run", "denoising")
+    killed_at(monkeypatch, config, saves=1)
+    about = json.loads((config.out / "config.json").read_text())
+    assert about["data"].pop("side") == 32
+    (config.out / "config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="packed at 40 px, which are packed at 32"):
+        pretrain(config)
+    about["data"]["side"] = 32
+    (config.out / "config.json").write_text(json.dumps(about))
+    real = Denoising.__init__
+
+    def renamed(self, backbone, config):
+        real(self, backbone, config)
+        self.other = self.decoder
+        del self.decoder
+
+    monkeypatch.setattr(Denoising, "__init__", renamed)
+    monkeypatch.setattr(Denoising, "predict", lambda self, x: self.other(self.backbone(x).last, x.shape[-1]))
+    with pytest.raises(UserError, match="another version of this task"):
+        pretrain(config)
+
+
 def test_run_folder_and_exported_weights(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = pretrain(settings(digits_folder, tmp_path / "run", "rotation", "inpainting", weights=(1.0, 0.3)))
     names = {p.name for p in out.iterdir() if not p.name.startswith(".")}

@@ -13,8 +13,9 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from downstream import anomalies as an
-from downstream.compress import code_length, seen, squared_error
+from downstream.compress import code_length, squared_error
 from downstream.feature_map import flat, neighbours_agree
+from downstream.features import is_grey, pixels_of
 from downstream.gallery import surest
 from pretext.trained import load_trained
 from unlabel.augment import clean
@@ -74,6 +75,7 @@ def test_what_is_not_there_is_said(runs, tmp_path: Path, capsys):
         ),
         (["anomalies", str(run), "--data", "digits", "--test", "digits", "--normal", "cat"], "--normal cat"),
         (["anomalies", str(tmp_path), "--data", "digits"], "no backbone"),
+        (["anomalies", str(run), "--data", "digits", "--normal", "3"], "give some of both by --test"),
     ]:
         assert main(command) == 2
         assert words in capsys.readouterr().err
@@ -93,13 +95,14 @@ def test_squared_error_is_summed_over_pixels():
 
 
 def test_code_length_is_the_entropy_of_what_is_expected():
-    """Fair coins cost a bit each, a certainty nothing; what the table did not expect costs more."""
+    """Fair coins cost a bit each, a certainty nothing; what was not seen but lies between costs most."""
     rng = np.random.default_rng(0)
     train, test = rng.integers(0, 2, (100_000, 3)), rng.integers(0, 2, (50_000, 3))
     assert code_length(train, test) == pytest.approx(3, abs=0.01)
     certain = np.zeros((100_000, 1), int)
     assert code_length(certain, certain[:10]) == pytest.approx(0, abs=1e-3)
-    assert code_length(certain, certain[:10] + 7) > 10
+    gap = np.concatenate([certain, certain + 9])
+    assert code_length(gap, certain[:10] + 7) == pytest.approx(np.log2(200_010), abs=0.01)
     skewed = (rng.random((100_000, 1)) < 0.1).astype(int)
     h = -(0.1 * np.log2(0.1) + 0.9 * np.log2(0.9))
     assert code_length(skewed, skewed) == pytest.approx(h, abs=0.01)
@@ -110,8 +113,9 @@ def test_compress_writes_what_scikit_learn_says(runs, digits_folder: Path, tmp_p
     assert main(["compress", str(run), "--data", str(digits_folder), "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "compression.json").read_text())
     cache = load_cache(open_source(str(digits_folder)), SIZE, progress=False)
-    rows = seen(cache, SIZE, 1, 10_000).reshape(len(cache), -1).astype(np.float64)
-    assert rows.shape[1] == SIZE**2  # grey: one channel
+    rows = pixels_of(cache, SIZE, 1).reshape(len(cache), -1).astype(np.float64)
+    assert is_grey(cache.images)
+    assert found["channels"] == 1
     for point in found["points"]:
         if point["name"] == "PCA":
             pca = PCA(point["numbers"]).fit(rows)
@@ -136,12 +140,16 @@ def test_compress_writes_what_scikit_learn_says(runs, digits_folder: Path, tmp_p
 
 
 def test_near_against_a_loop():
+    """The image itself does not count, wherever it is; an exact copy of it does."""
     rng = np.random.default_rng(0)
     known, new = rng.normal(size=(20, 5)), rng.normal(size=(7, 5))
+    known[3] = known[2]
     expected = [np.sort(np.linalg.norm(known - x, axis=1))[:3].mean() for x in new]
-    np.testing.assert_allclose(an.near(known, new, same=False), expected, rtol=1e-6)
-    own = [np.sort(np.linalg.norm(known - x, axis=1))[1:4].mean() for x in known]
-    np.testing.assert_allclose(an.near(known, known, same=True), own, rtol=1e-6)
+    np.testing.assert_allclose(an.near(known, new, np.full(7, -1)), expected, rtol=1e-6)
+    both, own = np.concatenate([new, known]), np.concatenate([np.full(7, -1), np.arange(20)])
+    others = [np.sort(np.linalg.norm(np.delete(known, k, 0) - known[k], axis=1))[:3].mean() for k in range(20)]
+    np.testing.assert_allclose(an.near(known, both, own), [*expected, *others], rtol=1e-6, atol=1e-12)
+    assert an.near(known[:1], new, np.full(7, -1)).shape == (7,)
 
 
 def test_other_digits_are_strange(runs, digits_folder: Path, tmp_path: Path, capsys):
@@ -275,38 +283,66 @@ def test_ssim_against_its_definition():
 
 @pytest.mark.parametrize("task", ["denoising", "inpainting", "superresolution", "colorization"])
 def test_restore_what_was_damaged(task: str, runs, digits_folder: Path, tmp_path: Path, capsys):
+    """The scores are those of the files: PSNR anew, by numpy, from what was written."""
     run = runs(task)
     assert main(["restore", str(run), "--data", str(digits_folder), "--out", str(tmp_path), "--damage"]) == 0
     about = json.loads((tmp_path / "restored.json").read_text())
     assert about["images"] == 320
-    assert np.isfinite([about[k] for k in ("psnr_before", "psnr_after", "ssim_before", "ssim_after")]).all()
-    assert len(list((tmp_path / "restored").rglob("*.png"))) == 320
     assert "PSNR" in capsys.readouterr().out
+    cache = load_cache(open_source(str(digits_folder)), SIZE, progress=False)
+    images = clean(torch.from_numpy(np.array(cache.images)), SIZE).permute(0, 2, 3, 1).numpy()
+    scores = []
+    for name, image in zip(cache.names, images, strict=True):
+        restored = np.asarray(Image.open((tmp_path / "restored" / name).with_suffix(".png"))) / 255
+        scores.append(-10 * np.log10(np.square(restored - image).mean()))
+    assert about["psnr_after"] == pytest.approx(np.mean(scores), abs=0.1)
+    assert 0 < about["ssim_after"] < 1
+    if task == "superresolution":
+        assert about["psnr_after"] > about["psnr_before"]
 
 
 def test_what_is_visible_stays_and_masks_belong_by_name(runs, digits_folder: Path, tmp_path: Path):
-    """Inpainting by masks: outside of the hole the restored image is the image."""
-    masks = tmp_path / "masks"
-    hole = np.zeros((32, 32), np.uint8)
-    hole[8:24, 8:24] = 255
+    """Inpainting by masks, of which each class has its own: outside of the hole the restored image is the image."""
+    masks, run, out = tmp_path / "masks", runs("inpainting"), tmp_path / "out"
     for path in digits_folder.rglob("*.png"):
+        hole = np.zeros((32, 32), np.uint8)
+        top = 4 * int(path.parent.name)
+        hole[top : top + 8, 8:24] = 255
         (masks / path.parent.name).mkdir(parents=True, exist_ok=True)
         Image.fromarray(hole).save((masks / path.parent.name / path.name).with_suffix(".bmp"))
-    run, out = runs("inpainting"), tmp_path / "out"
     command = ["restore", str(run), "--data", str(digits_folder), "--hidden", str(masks), "--clean", str(digits_folder)]
     assert main([*command, "--out", str(out)]) == 0
     cache = load_cache(open_source(str(digits_folder)), SIZE, progress=False)
-    images = (
-        (clean(torch.from_numpy(np.array(cache.images[:5])), SIZE) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    )
-    outside = np.ones((SIZE, SIZE), bool)
-    outside[4:12, 4:12] = False
-    for name, image in zip(cache.names, images, strict=False):
+    pixels = (clean(torch.from_numpy(np.array(cache.images)), SIZE) * 255).round().byte()
+    for name, image in zip(cache.names[::16], pixels.permute(0, 2, 3, 1).numpy()[::16], strict=True):
         restored = np.asarray(Image.open((out / "restored" / name).with_suffix(".png")))
+        outside, top = np.ones((SIZE, SIZE), bool), 2 * int(name[0])
+        outside[max(0, top - 1) : top + 5, 3:13] = False  # the mask is antialiased: its edge belongs to it
         assert np.array_equal(restored[outside], image[outside])
-        assert not np.array_equal(restored, image)
+        assert not np.array_equal(restored[~outside], image[~outside])
     about = json.loads((out / "restored.json").read_text())
-    assert about["psnr_before"] != about["psnr_after"]
+    assert about["psnr_after"] != about["psnr_before"]
+
+
+def test_a_scratch_thinner_than_a_pixel_is_hidden(runs, digits_folder: Path, tmp_path: Path, capsys):
+    """A line of two pixels of 256 is less than a pixel of 16, and still a hole; a mask of zeros and ones is not."""
+    photos, masks = tmp_path / "photos", tmp_path / "masks"
+    photos.mkdir()
+    masks.mkdir()
+    image = Image.open(next(digits_folder.rglob("*.png"))).resize((256, 256))
+    image.save(photos / "a.png")
+    line = np.zeros((256, 256), np.uint8)
+    line[130:132, 40:200] = 255
+    run, command = runs("inpainting"), ["--data", str(photos), "--hidden", str(masks), "--out", str(tmp_path / "out")]
+    Image.fromarray(line).save(masks / "a.png")
+    assert main(["restore", str(run), *command]) == 0
+    restored = np.asarray(Image.open(tmp_path / "out" / "restored" / "a.png")).astype(int)
+    cache = load_cache(open_source(str(photos)), SIZE, progress=False)
+    before = (clean(torch.from_numpy(np.array(cache.images)), SIZE)[0] * 255).round().permute(1, 2, 0).numpy()
+    assert 8 in set(np.argwhere(np.abs(restored - before).max(2) > 0)[:, 0]) <= {7, 8, 9}
+    Image.fromarray(line // 255).save(masks / "a.png")
+    assert main(["restore", str(run), *command]) == 2
+    assert "hides anything" in capsys.readouterr().err
 
 
 def test_restore_refuses_what_does_not_fit(runs, digits_folder: Path, tmp_path: Path, capsys):
@@ -318,11 +354,28 @@ def test_restore_refuses_what_does_not_fit(runs, digits_folder: Path, tmp_path: 
         ([], "must know what is hidden"),
         (["--hidden", str(tmp_path / "few")], "has no image for"),
         (["--damage", "--clean", str(tmp_path / "few")], "no --clean"),
+        (["--damage", "--out", str(digits_folder)], "would write into"),
     ]:
         assert main(["restore", str(run), *data, *flags]) == 2
         assert words in capsys.readouterr().err
     assert main(["restore", str(runs("rotation")), *data]) == 2
     assert "repairs nothing" in capsys.readouterr().err
+    assert main(["restore", str(runs("denoising")), *data, "--hidden", str(tmp_path / "few")]) == 2
+    assert "--hidden is for inpainting" in capsys.readouterr().err
+
+
+def test_no_image_is_written_over_another(runs, digits_folder: Path, tmp_path: Path, capsys):
+    first, twice = next(digits_folder.rglob("*.png")), tmp_path / "twice" / "2024.05"
+    twice.mkdir(parents=True)
+    for name in ("IMG1.png", "IMG2.png"):
+        (twice / name).write_bytes(first.read_bytes())
+    command = ["restore", str(runs("denoising")), "--data", str(tmp_path / "twice"), "--out", str(tmp_path / "two")]
+    assert main(command) == 0
+    names = {p.name for p in (tmp_path / "two" / "restored" / "2024.05").iterdir()}
+    assert names == {"IMG1.png", "IMG2.png"}
+    Image.open(first).save(twice / "IMG1.bmp")
+    assert main(command) == 2
+    assert "differ in their suffix at most" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- pictures; mirror images

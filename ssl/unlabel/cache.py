@@ -13,7 +13,8 @@ from unlabel.packing import load_or_pack
 from unlabel.sources import Source
 from unlabel.streaming import Streamed
 
-__all__ = ["ImageCache", "Pixels", "Rows", "TooManyBroken", "cache_side", "load_cache", "printable", "write_skipped"]
+__all__ = ["ImageCache", "Pixels", "Rows", "TooManyBroken", "cache_side", "evenly_spaced", "load_cache", "printable"]
+__all__ += ["write_skipped"]
 
 
 class TooManyBroken(UserError):
@@ -95,6 +96,11 @@ class ImageCache:
             shapes=self.shapes[rows],
             fingerprint=digest,
         )
+
+
+def evenly_spaced(n: int, at_most: int) -> np.ndarray:
+    """Up to ``at_most`` of the rows 0 … n - 1, in order: sources are sorted, so the first ones are not a sample."""
+    return np.unique(np.linspace(0, n - 1, min(n, at_most)).round().astype(int))
 
 
 def cache_side(image_size: int, short_side: int | None = None) -> int:

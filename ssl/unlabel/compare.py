@@ -235,9 +235,10 @@ def _fill_and_report(
         write_skipped(out / "skipped.txt", split.skipped)
     rows, predictions = ev.fill(table, arms, tasks[0].name)
     results = summarise(table, tasks, arms, rows, predictions)
-    results["pictures"] = draw_gallery(table, tasks[0])
     results["provenance"] = _provenance(out, tasks, split) | origin
     _write(out, table, results, predictions)
+    results["pictures"] = draw_gallery(table, tasks[0])  # after the results are safe
+    write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     page = report.write_report(out)
     print(f"\n{report.format_table(results)}\n\n{report.answer(results)}\n\nopen {page}")
     return out

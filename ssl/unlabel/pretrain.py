@@ -32,7 +32,16 @@ from unlabel.previews import save_previews
 from unlabel.runfolder import RunFolder
 from unlabel.signals import Stopped, catch_signals
 from unlabel.sources import open_source
-from unlabel.start import init_of, load_images, newest_state, refuse_out_inside_data, start_from, with_excluded
+from unlabel.start import (
+    init_of,
+    load_images,
+    load_weights_of,
+    newest_state,
+    refuse_other_side,
+    refuse_out_inside_data,
+    start_from,
+    with_excluded,
+)
 
 __all__ = ["Together", "pretrain"]
 
@@ -96,6 +105,8 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
             return config.out
     image_size = config.image_size or min(224, max(32, source.median_short_side()))
     cache = load_images(source, image_size, config, exclude)
+    if about is not None:
+        refuse_other_side(about, cache.side, image_size)
     if distributed.is_main():
         write_skipped(run.path / "skipped.txt", cache.skipped)
         if exclude:
@@ -121,6 +132,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     resolved = {**vars(plan), "crop": list(plan.crop)}
     if about is None and distributed.is_main():
         data = {"spec": list(config.data), "images": len(cache.names), "skipped": len(cache.skipped)}
+        data["side"] = cache.side
         data["shown_as"] = sorted({cls.sees for cls in classes.values()})
         run.begin(settings, config.free(), resolved, fingerprint, data)
     describe(say, config, plan, cache, model, device)
@@ -141,7 +153,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
         begin(passed)
     wrapped, optimizers = begin(phase)
     if state:
-        model.load_state_dict(state["model"])
+        load_weights_of(state, model)
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     if about is not None:

@@ -24,7 +24,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     Wang et al. 2004 (https://doi.org/10.1109/TIP.2003.819861), equation 13, with their Gaussian window, averaged over
     the places where it fits and over the channels.
     """
-    at = torch.arange(WINDOW, dtype=a.dtype, device=a.device) - WINDOW // 2
+    a, b = a.cpu().double(), b.cpu().double()  # differences of squares: single precision is not enough
+    at = torch.arange(WINDOW, dtype=a.dtype) - WINDOW // 2
     bell = torch.exp(-(at**2) / (2 * SIGMA**2))
     bell = bell / bell.sum()
     channels = a.shape[1]

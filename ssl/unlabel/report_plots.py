@@ -50,6 +50,7 @@ class Line:
     points: Sequence[Point]
     joined: bool = True
     marked: bool = True
+    percent: bool = True  # in the tooltips
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _line(line: Line, sx, sy) -> list[str]:
         parts.append(f'<polyline class="line" points="{path}"{dash}/>')
     if line.marked:
         for p in points:
-            tip = f"{line.name}: {100 * p.y:.1f} %"
+            tip = f"{line.name}: {100 * p.y:.1f} %" if line.percent else f"{line.name}: {p.y:.4g}"
             if p.low is not None and p.high is not None:
                 tip += f" [{100 * p.low:.1f}, {100 * p.high:.1f}]"
             parts.append(f"<g><title>{escape(tip)}</title>{_marker(style.marker, sx(p.x), sy(p.y))}</g>")

@@ -12,12 +12,13 @@ import numpy as np
 
 from unlabel import checkpoint, distributed
 from unlabel.backbone import Backbone, load_weights
-from unlabel.cache import ImageCache, TooManyBroken, load_cache, write_skipped
+from unlabel.cache import ImageCache, TooManyBroken, cache_side, load_cache, write_skipped
 from unlabel.config import PretrainConfig
 from unlabel.errors import UserError
 from unlabel.runfolder import RunFolder
 
-__all__ = ["init_of", "load_images", "newest_state", "refuse_out_inside_data", "start_from", "with_excluded"]
+__all__ = ["init_of", "load_images", "load_weights_of", "newest_state", "refuse_other_side", "refuse_out_inside_data"]
+__all__ += ["start_from", "with_excluded"]
 
 
 def refuse_out_inside_data(config: PretrainConfig) -> None:
@@ -42,6 +43,26 @@ def init_of(init: Path | None, about: dict[str, Any] | None) -> str | None:
     if old and (old.startswith("checkpoint of ") or not product.exists()):
         return old
     return checkpoint.file_sha256(product) if product.exists() else f"checkpoint of {init.resolve().name}"
+
+
+def refuse_other_side(about: dict[str, Any], side: int, image_size: int) -> None:
+    """A run begun before small images were packed as they are saw other pixels: it cannot be continued exactly."""
+    before = about.get("data", {}).get("side", cache_side(image_size))
+    if before != side:
+        raise UserError(
+            f"this run was begun with images packed at {before} px, which are packed at {side} px now: start it anew "
+            "in another --out (--init takes over its backbone)"
+        )
+
+
+def load_weights_of(state: dict[str, Any], model: Any) -> None:
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise UserError(
+            f"the checkpoint is of another version of this task ({str(error).splitlines()[-1].strip()}): start it anew "
+            "in another --out (--init takes over its backbone)"
+        ) from None
 
 
 def start_from(backbone: Backbone, run: Path) -> None:
