@@ -25,7 +25,14 @@ SHAPES, FOLDS = 3, 2  # per image
 
 
 @functools.lru_cache
-def stamps() -> Tensor:
+def stamps(side: int) -> Tensor:
+    """``drawn_stamps`` no larger than ``side`` px: sampled more coarsely, thin strokes would fall to pieces."""
+    made = drawn_stamps()
+    return made if side >= STAMP else F.interpolate(made, size=(side, side), mode="bilinear", antialias=True)
+
+
+@functools.lru_cache
+def drawn_stamps() -> Tensor:
     """(STAMPS, 1, STAMP, STAMP) in [0, 1]: words in one or two lines, and simple logos, in turn.
 
     Always the same, but for how Pillow's font looks in its version.
@@ -72,7 +79,7 @@ def watermark(images: Tensor, level: Tensor, draws: Draws) -> tuple[Tensor, Tens
     theta = torch.stack([cos, -sin, (u[:, 2] - 0.5) * 0.8, sin, cos, (u[:, 3] - 0.5) * 0.8], 1).view(n, 2, 3)
     with torch.autocast(images.device.type, enabled=False):
         grid = F.affine_grid(theta, [n, 1, height, width], align_corners=False)
-        mask = F.grid_sample(stamps().to(images.device)[which], grid, align_corners=False)
+        mask = F.grid_sample(stamps(width).to(images.device)[which], grid, align_corners=False)
     colour = torch.where(u[:, 4:5] < 0.7, (u[:, 4:5] < 0.45).float(), u[:, 5:8]).view(n, 3, 1, 1)  # white, black, any
     alpha = mask * level.view(n, 1, 1, 1)
     return images * (1 - alpha) + colour * alpha, alpha > 0.02

@@ -17,12 +17,14 @@ from downstream.compress import code_length, squared_error
 from downstream.feature_map import flat, neighbours_agree
 from downstream.features import is_grey, pixels_of
 from downstream.gallery import surest
+from pretext.task import Batch
 from pretext.trained import load_trained
 from unlabel.augment import clean
 from unlabel.backbone import load_backbone
-from unlabel.cache import load_cache
+from unlabel.cache import evenly_spaced, load_cache
 from unlabel.cli import main
 from unlabel.colours import COLOURS
+from unlabel.draws import Draws
 from unlabel.pictures import scatter, sheet
 from unlabel.quality import ssim
 from unlabel.sources import open_source
@@ -52,8 +54,9 @@ def test_a_trained_task_does_what_it_did_at_the_end_of_training(runs, digits_fol
     run = runs("denoising")
     task = load_trained(run)
     cache = load_cache(open_source(str(digits_folder)), SIZE, progress=False)
-    batch = next(task.batches(cache.images[:8]))
-    shown = task.show(type(batch)(batch.images, batch.draws.stream("denoising"), 1.0))["prediction"]
+    rows = evenly_spaced(len(cache), 8)  # the previews' images, with the draws of those images
+    draws = Draws(0, [0] * 8, rows.tolist()).stream("denoising")
+    shown = task.show(Batch(clean(torch.from_numpy(np.array(cache.images[rows])), SIZE), draws, 1.0))["prediction"]
     last = np.asarray(Image.open(sorted((run / "previews").glob("*.png"))[-1]).convert("RGB"))
     side = 96 + 2  # previews are enlarged to 96 px, with 2 px between them
     for k in range(8):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unlabel import distributed, optim
 from unlabel.augment import clean, random_view
-from unlabel.cache import ImageCache, Rows
+from unlabel.cache import ImageCache, Rows, evenly_spaced
 from unlabel.config import PretrainConfig
 from unlabel.draws import Draws, mix
 from unlabel.order import batch_at
@@ -51,10 +51,10 @@ class Batches:
         return Batch(images, draws, progress)
 
     def fixed(self, n: int = 8) -> Any:
-        """The first images, whole: for previews."""
+        """Some images, evenly spaced and whole: for previews."""
         from pretext.task import Batch
 
-        indices = np.arange(min(n, len(self.cache.names)))
+        indices = evenly_spaced(len(self.cache.names), n)
         draws = Draws(self.seed, [0] * len(indices), indices.tolist(), device=self.device)
         return Batch(clean(self._images(indices), self.plan.image_size), draws, 1.0)
 
