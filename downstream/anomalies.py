@@ -86,8 +86,12 @@ def score_images(
 @torch.no_grad()
 def surprise(task: Trained, cache: ImageCache) -> np.ndarray:
     """(N,): the task's own score."""
-    bar = tqdm(task.batches(cache.images, cache.hashes), total=-(-len(cache) // 128), desc="score", unit="batch")
-    return np.concatenate([task.surprise(batch).float().cpu().numpy() for batch in bar])
+    parts = []
+    with tqdm(total=len(cache), desc="score", unit="img") as bar:
+        for batch in task.batches(cache.images, cache.hashes):
+            parts.append(task.surprise(batch).float().cpu().numpy())
+            bar.update(len(parts[-1]))
+    return np.concatenate(parts)
 
 
 def near(known: np.ndarray, new: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -134,9 +138,8 @@ def anomalies(config: AnomaliesConfig, load: Load) -> Path:
         row = [safe_cell(test.names[k]), *(f"{s[k]:.6g}" for s in scores.values())]
         writer.writerow([*row, *([int(strange[k])] if strange is not None else [])])
     write_atomic(out / "anomalies.csv", text.getvalue().encode("utf-8", "replace"))
-    rows = [np.array(test.images[k]) for k in (np.sort(order[:SHOWN]), np.sort(order[-SHOWN:]))]
-    ranks = [np.argsort(np.argsort(part)) for part in (order[:SHOWN], order[-SHOWN:])]
-    picture = write_png(out / "anomalies.png", sheet([r[p] for r, p in zip(rows, ranks, strict=True)]))
+    ends = order[:SHOWN], order[-SHOWN:]
+    picture = write_png(out / "anomalies.png", sheet([np.array(test.images[part]) for part in ends]))
     found = judged(scores, strange) if strange is not None else {}
     if found:
         about = {"normal": list(config.normal), "images": len(test), "anomalies": int(strange.sum()), "scores": found}  # type: ignore[union-attr]

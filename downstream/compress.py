@@ -19,7 +19,7 @@ import torch
 from sklearn.decomposition import PCA
 
 from downstream.features import is_grey, pixels_of
-from downstream.trained import Code, Load, Trained, data_of
+from downstream.trained import Code, Load, data_of
 from unlabel.cache import evenly_spaced, load_cache, printable
 from unlabel.checkpoint import write_atomic
 from unlabel.config import CompressConfig
@@ -107,7 +107,7 @@ def compress(config: CompressConfig, load: Load) -> Path:
     if not config.runs:
         raise UserError("name at least one finished run of autoencoder, vae, sparse or contractive")
     device = pick_device(config.device)
-    tasks: dict[str, Trained] = {run.resolve().name: load(run, None, device) for run in config.runs}
+    tasks = {run.resolve().name: load(run, None, device) for run in config.runs}
     if len(tasks) < len(config.runs) or "PCA" in tasks:
         raise UserError("runs are known by their folders' names, which must differ, also from PCA: rename one")
     for run, task in zip(config.runs, tasks.values(), strict=True):

@@ -12,7 +12,7 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 
 from downstream.features import pixels_of
-from downstream.trained import Code, Load, Trained
+from downstream.trained import Code, Load
 from unlabel.apply import embed, safe_cell
 from unlabel.backbone import load_backbone
 from unlabel.cache import ImageCache, evenly_spaced, load_cache
@@ -62,7 +62,7 @@ def draw_map(config: MapConfig, load: Load) -> Path:
     rows = evenly_spaced(len(cache), config.images)
     cache = cache.subset(np.random.default_rng(0).permutation(rows))
     if config.method == "code":
-        task: Trained = load(config.run, None, device)
+        task = load(config.run, None, device)
         if not task.can("to_code"):
             raise UserError(f"{task.name} makes no code: --method tsne or pca")
         at = Code(task).to_code(cache.images, "code")

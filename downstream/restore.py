@@ -31,7 +31,7 @@ REPAIR = ("denoising", "inpainting", "colorization", "superresolution")
 
 def restore(config: RestoreConfig, load: Load) -> Path:
     """Writes DIR/restored/NAME.png, DIR/before-after.png (rows: before, after, original) and DIR/restored.json."""
-    task: Trained = load(config.run, config.task, pick_device(config.device))
+    task = load(config.run, config.task, pick_device(config.device))
     kind = task.name
     if not task.can("restore"):
         raise UserError(f"{kind} repairs nothing: name another --task of the run, or train one of {', '.join(REPAIR)}")

@@ -26,7 +26,7 @@ def sample(config: SampleConfig, load: Load) -> Path:
     """samples.png: codes drawn from the prior. walk.png: in each row an image, steps on the straight line from its
     code to another's, and that other image."""
     device = pick_device(config.device)
-    task: Trained = load(config.run, None, device)
+    task = load(config.run, None, device)
     if not task.prior:
         raise UserError(f"{task.name} has no distribution to draw codes from: train vae")
     size, out = task.backbone.spec.image_size, config.out or config.run / "samples"

@@ -36,7 +36,7 @@ class Trained(Protocol):
     def restore(self, images: Tensor, hidden: Tensor | None) -> Tensor: ...
 
 
-Load = Callable[[Path, str | None, torch.device | str], Any]  # run folder, which of its tasks, device -> Trained
+Load = Callable[[Path, str | None, torch.device | str], Trained]  # run folder, which of its tasks, device
 
 
 def device_of(task: Trained) -> torch.device:

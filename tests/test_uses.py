@@ -217,6 +217,8 @@ def test_pca_of_the_map_is_scikit_learns_and_neighbours_agree():
         at = flat(features, method)
         assert at.shape == (80, 2)
         assert neighbours_agree(at, labels) == 1.0
+    # A point has no vote on itself: of the others, most are always of the other class here.
+    assert neighbours_agree(np.arange(8.0).reshape(4, 2), ["a", "b", "a", "b"]) == 0
     mixed = [labels[k] for k in rng.permutation(80)]
     assert 0.2 < neighbours_agree(flat(features, "pca"), mixed) < 0.8
 
@@ -313,6 +315,7 @@ def test_what_is_visible_stays_and_masks_belong_by_name(runs, digits_folder: Pat
         hole[top : top + 8, 8:24] = 255
         (masks / path.parent.name).mkdir(parents=True, exist_ok=True)
         Image.fromarray(hole).save((masks / path.parent.name / path.name).with_suffix(".bmp"))
+    Image.fromarray(np.full((32, 32), 255, np.uint8)).save(masks / "0" / "00 of no image.bmp")  # the first by its name
     command = ["restore", str(run), "--data", str(digits_folder), "--hidden", str(masks), "--clean", str(digits_folder)]
     assert main([*command, "--out", str(out)]) == 0
     cache = load_cache(open_source(str(digits_folder)), SIZE, progress=False)

@@ -212,8 +212,18 @@ class ReportConfig:
     """A folder that evaluate or compare wrote."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnImages:
+    """What the commands share that show images to something trained."""
+
+    device: Device = "auto"
+    """Where to compute."""
+    max_skipped: float = 0.01
+    """Largest tolerated share of unreadable files."""
+
+
 @dataclass(frozen=True)
-class EmbedConfig:
+class EmbedConfig(OnImages):
     """Write the pooled features of images to a file."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -222,10 +232,6 @@ class EmbedConfig:
     """Images."""
     out: Path
     """FILE.npz (arrays `names` and `features`) or FILE.csv."""
-    device: Device = "auto"
-    """Where to compute."""
-    max_skipped: float = 0.01
-    """Largest tolerated share of unreadable files."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +245,7 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class PredictConfig:
+class PredictConfig(OnImages):
     """Classify new images with a fine-tuned classifier."""
 
     model: Annotated[Path, tyro.conf.Positional]
@@ -248,14 +254,10 @@ class PredictConfig:
     """Images."""
     out: Path
     """FILE.csv: name, class, and a column of probabilities per class."""
-    device: Device = "auto"
-    """Where to compute."""
-    max_skipped: float = 0.01
-    """Largest tolerated share of unreadable files."""
 
 
 @dataclass(frozen=True)
-class RestoreConfig:
+class RestoreConfig(OnImages):
     """Repair images with a trained task: denoise, paint what is hidden, colour, enlarge."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -272,14 +274,10 @@ class RestoreConfig:
     """Masks under the same names, bright where the image is hidden (inpainting)."""
     task: str | None = None
     """Which of the run's tasks (default: the first)."""
-    device: Device = "auto"
-    """Where to compute."""
-    max_skipped: float = 0.01
-    """Largest tolerated share of unreadable files."""
 
 
 @dataclass(frozen=True)
-class CompressConfig:
+class CompressConfig(OnImages):
     """What a code of so many numbers keeps of an image, beside as many principal components."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -290,14 +288,10 @@ class CompressConfig:
     """What principal components and frequencies are taken from (default: the first run's own images)."""
     out: Path | None = None
     """Where compression.html goes (default: RUN/compression)."""
-    device: Device = "auto"
-    """Where to compute."""
-    max_skipped: float = 0.01
-    """Largest tolerated share of unreadable files."""
 
 
 @dataclass(frozen=True)
-class AnomaliesConfig:
+class AnomaliesConfig(OnImages):
     """Rank images by how strange they are to a run that was trained on normal ones."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -312,14 +306,10 @@ class AnomaliesConfig:
     """CSV of name,label for --test images that are not in class folders."""
     out: Path | None = None
     """Where anomalies.csv and anomalies.html go (default: RUN/anomalies)."""
-    device: Device = "auto"
-    """Where to compute."""
-    max_skipped: float = 0.01
-    """Largest tolerated share of unreadable files."""
 
 
 @dataclass(frozen=True)
-class MapConfig:
+class MapConfig(OnImages):
     """A run's features in two dimensions, as a picture of thumbnails."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -334,10 +324,6 @@ class MapConfig:
     """At most so many, evenly spaced."""
     out: Path | None = None
     """Where map.png and map.csv go (default: RUN/map)."""
-    device: Device = "auto"
-    """Where to compute."""
-    max_skipped: float = 0.01
-    """Largest tolerated share of unreadable files."""
 
 
 @dataclass(frozen=True)
