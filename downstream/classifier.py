@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from downstream.finetune import Classifier, predict_logits
 from unlabel.apply import safe_cell
-from unlabel.backbone import MAX_BYTES, Backbone, compare_weights, spec_from_json, spec_to_json
+from unlabel.backbone import MAX_BYTES, build_described, compare_weights, spec_from_json, spec_to_json
 from unlabel.cache import load_cache, printable
 from unlabel.checkpoint import write_atomic
 from unlabel.config import PredictConfig
@@ -43,7 +43,7 @@ def stored_key(folder: Path) -> str | None:
         return None
     try:
         return json.loads((folder / "classifier.json").read_bytes().decode("utf-8", "surrogatepass")).get("cell")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
 
 
@@ -53,11 +53,11 @@ def load_classifier(folder: Path) -> tuple[Classifier, list[str]]:
     try:
         about = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
         classes = [str(c) for c in about["classes"]]
-        backbone = Backbone(spec_from_json(about["backbone"]))
+        backbone = build_described(spec_from_json(about["backbone"]), weights)
     except FileNotFoundError:
         message = f"no classifier in {folder}: `unlabel evaluate` or `compare` with --protocol finetune writes one"
         raise UserError(message) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
     model = Classifier(backbone, len(classes))
     want = {f"backbone.{k}": v for k, v in backbone.model.state_dict().items()}

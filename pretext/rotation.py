@@ -7,7 +7,10 @@ task, and this way they are less the backbone's. How far that goes differs from 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +44,16 @@ def four_rotations(images: Tensor) -> tuple[Tensor, Tensor]:
     return views, labels
 
 
-def residual_block(channels: int) -> BasicBlock:
-    """A basic block of stride 2: what would be the network's next stage, at a quarter of its cost."""
-    shortcut = nn.Sequential(nn.Conv2d(channels, channels, 1, stride=2, bias=False), nn.BatchNorm2d(channels))
-    return BasicBlock(channels, channels, stride=2, downsample=shortcut)
+def residual_block(backbone: Backbone) -> BasicBlock:
+    """A basic block of stride 2: what would be the network's next stage, at a quarter of its cost.
+
+    With BatchNorm where the network has it. One without knows no batch, so that two processes equal one: so here.
+    """
+    channels = backbone.channels
+    has_batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
+    norm: Any = nn.BatchNorm2d if has_batchnorm else partial(nn.GroupNorm, math.gcd(8, channels))
+    shortcut = nn.Sequential(nn.Conv2d(channels, channels, 1, stride=2, bias=False), norm(channels))
+    return BasicBlock(channels, channels, stride=2, downsample=shortcut, norm_layer=norm)
 
 
 class Rotation(PretextTask):
@@ -55,9 +64,8 @@ class Rotation(PretextTask):
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
         super().__init__(backbone, config)
-        channels = backbone.channels
-        self.blocks = nn.Sequential(*(residual_block(channels) for _ in range(config.blocks)))
-        self.classifier = nn.Linear(channels, 4)
+        self.blocks = nn.Sequential(*(residual_block(backbone) for _ in range(config.blocks)))
+        self.classifier = nn.Linear(backbone.channels, 4)
 
     def _views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images = colour_jitter(batch.images, batch.draws.stream("rotation"), self.config.jitter, self.config.grey)

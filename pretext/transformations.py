@@ -55,7 +55,7 @@ class Transformations(PretextTask):
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
         super().__init__(backbone, config)
-        self.blocks = nn.Sequential(*(residual_block(backbone.channels) for _ in range(config.blocks)))
+        self.blocks = nn.Sequential(*(residual_block(backbone) for _ in range(config.blocks)))
         self.classifier = nn.Linear(backbone.channels, 4 * KINDS)
 
     def _views(self, batch: Batch) -> tuple[Tensor, Tensor]:

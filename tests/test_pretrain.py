@@ -369,24 +369,18 @@ def test_two_processes_equal_one_and_continue_its_run(tasks, digits_folder: Path
 
     So they do where one process died and two went on.
     """
-    # The one BatchNorm that rotation has is in its disposable block: without it, a linear head.
     flags = (
         "--backbone convnext_atto --image-size 32 --epochs 0.5 --batch-size 16 --device cpu --precision fp32".split()
     )
     flags += "--optimizer sgd --lr 0.05".split()
     if "rotation" in tasks:
-        flags += (
-            "--rotation.blocks 0 --transformations.blocks 0 --sparse.penalty kl --inpainting.adversarial 0.1".split()
-        )
+        flags += "--sparse.penalty kl --inpainting.adversarial 0.1".split()
     command = ["pretrain", *tasks, "--data", str(digits_folder), *flags, "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "unlabel"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     own = {"backbone": "convnext_atto", "device": "cpu", "optimizer": "sgd", "lr": 0.05, "precision": "fp32"}
     if "rotation" in tasks:
-        own |= {
-            "task_settings": {"rotation": {"blocks": 0}, "transformations": {"blocks": 0}, "sparse": {"penalty": "kl"}}
-        }
-        own["task_settings"]["inpainting"] = {"adversarial": 0.1}
+        own |= {"task_settings": {"sparse": {"penalty": "kl"}, "inpainting": {"adversarial": 0.1}}}
     killed_at(monkeypatch, settings(digits_folder, tmp_path / "both", *tasks, **own), saves=1)
     for out in ("two", "both"):
         ran = subprocess.run(

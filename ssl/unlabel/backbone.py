@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ __all__ += ["save_backbone", "stem_for"]
 
 SMALL_IMAGE = 48  # px; below it `--stem auto` takes the small-image stem
 CHANGED_PREFIX = "unlabel_stem."  # marks weights that plain timm would put into a different stem
+SIDES = (16, 1024)  # px, of the images that a network is made for
 MAX_BYTES = 8 << 30  # a backbone file larger than this is refused before memory is taken
 
 
@@ -138,6 +141,8 @@ def parameter_stages(backbone: Backbone) -> dict[str, int]:
 
 
 def _from_timm(spec: Spec) -> nn.Module:
+    if not re.fullmatch(r"[A-Za-z0-9_.]+", spec.name):  # timm would also load from addresses and folders
+        raise UserError(f"{spec.name!r} is not the name of a network; `unlabel list` names a few good ones")
     try:
         model = timm.create_model(spec.name, pretrained=False, num_classes=0, **spec.kwargs)
     except Exception as error:  # timm raises whatever its constructors raise
@@ -213,6 +218,8 @@ def build_backbone(name: str, image_size: int, stem: str = "auto", seed: int = 0
     own = BACKBONES.get(name)
     timm_name, kwargs = (own.timm_name, dict(own.kwargs)) if own else (name, {})
     stem = stem_for(name, image_size, stem)
+    if not is_mlp(name) and not re.fullmatch(r"[A-Za-z0-9_.]+", timm_name):
+        raise UserError(f"unknown backbone {name!r}; `unlabel list` names a few good ones")
     try:
         cfg = None if is_mlp(name) else timm.get_pretrained_cfg(timm_name)
     except RuntimeError as error:
@@ -248,8 +255,8 @@ def spec_to_json(spec: Spec) -> dict[str, Any]:
 
 
 def spec_from_json(about: Mapping[str, Any]) -> Spec:
-    """Raises TypeError, KeyError or ValueError where it is not a description of a backbone."""
-    return Spec(
+    """Raises TypeError, KeyError or ValueError where it is not a description of a backbone that this library writes."""
+    spec = Spec(
         str(about["name"]),
         dict(about.get("kwargs", {})),
         str(about.get("stem", "timm")),
@@ -258,6 +265,48 @@ def spec_from_json(about: Mapping[str, Any]) -> Spec:
         tuple(float(v) for v in about.get("std", Spec.std)),
         bool(about.get("flip", True)),
     )
+    if not SIDES[0] <= spec.image_size <= SIDES[1] or spec.stem not in ("timm", "small", "half"):
+        raise ValueError(f"no image size of {spec.image_size} px, or no stem {spec.stem!r}")
+    if len(spec.mean) != 3 or len(spec.std) != 3 or not all(map(math.isfinite, spec.mean + spec.std)):
+        raise ValueError("mean and std are three numbers each")
+    if min(spec.std) <= 0:
+        raise ValueError("std is above 0")
+    for key, value in spec.kwargs.items():
+        _refuse_strange(key, value)
+    return spec
+
+
+def _refuse_strange(key: str, value: Any) -> None:
+    """timm's arguments can also name files and addresses to load from: ours are numbers and short words."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,40}", key) or key.startswith(
+        ("pretrained", "checkpoint", "cache", "features")
+    ):
+        raise ValueError(f"an argument {key!r}")
+    values = value if isinstance(value, list | tuple) else [value]
+    if len(values) > 64:
+        raise ValueError(f"{len(values)} values of {key!r}")
+    most = 1000 if key in ("layers", "depths") else 65_536
+    for v in values:
+        short = isinstance(v, str) and re.fullmatch(r"[A-Za-z0-9_]{0,40}", v)
+        if not (v is None or short or (isinstance(v, int | float) and abs(v) <= most)):
+            raise ValueError(f"{key} = {str(v)[:40]!r}")
+
+
+def build_described(spec: Spec, weights: Path) -> Backbone:
+    """The network of a description that anybody may have written, if it is no larger than its ``weights`` file.
+
+    It is built without memory first. Raises UserError.
+    """
+    size = weights.stat().st_size if weights.exists() else MAX_BYTES
+    try:
+        with torch.device("meta"):
+            empty = make_mlp(spec.name, spec.image_size) if is_mlp(spec.name) else _from_timm(spec)
+        need = sum(t.nbytes for t in empty.state_dict().values())
+    except (NotImplementedError, RuntimeError):  # a network that computes with its weights while it is built
+        need = 0
+    if need > min(MAX_BYTES, 4 * size + (1 << 20)):  # another stem may be smaller; files do not compress
+        raise UserError(f"{weights} has {size:,} bytes and {spec.name} needs {need:,}: they do not belong together")
+    return Backbone(spec)
 
 
 def read_spec(folder: Path) -> dict[str, Any]:
@@ -284,7 +333,7 @@ def load_backbone(folder: str | Path) -> Backbone:
         spec = spec_from_json(about)
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / 'backbone.json'} cannot be read ({error})") from None
-    backbone = Backbone(spec)
+    backbone = build_described(spec, folder / "backbone.safetensors")
     load_weights(backbone, folder / "backbone.safetensors")
     return backbone.eval()
 

@@ -31,22 +31,29 @@ class Batches:
 
     def __init__(self, cache: ImageCache, config: PretrainConfig, flip: bool, device: torch.device) -> None:
         self.cache, self.seed, self.flip, self.device = cache, config.seed, flip, device
+        self.parts = config.accumulate
 
     def _images(self, indices: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(self.cache.images[indices])).to(self.device, non_blocking=True)
 
-    def __call__(self, step: int, progress: float) -> Any:
+    def _share(self, step: int, part: int) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs and indices of what this rank is shown in one of the ``parts`` of a step."""
+        epochs, indices = batch_at(self.seed, step, self.plan.batch_size, len(self.cache.names))
+        share = self.plan.batch_size // (distributed.world_size() * self.parts)
+        at = (distributed.rank() * self.parts + part) * share
+        return epochs[at : at + share], indices[at : at + share]
+
+    def __call__(self, step: int, progress: float, part: int = 0) -> Any:
         from pretext.task import Batch
 
-        plan, world, rank = self.plan, distributed.world_size(), distributed.rank()
-        epochs, indices = batch_at(self.seed, step, plan.batch_size, len(self.cache.names))
-        share = plan.batch_size // world
-        mine = slice(rank * share, (rank + 1) * share)
-        draws = Draws(self.seed, epochs[mine].tolist(), indices[mine].tolist(), device=self.device)
+        plan = self.plan
+        epochs, indices = self._share(step, part)
+        draws = Draws(self.seed, epochs.tolist(), indices.tolist(), device=self.device)
         size = optim.size_at(step / plan.steps, plan.image_size, plan.progressive)
-        pixels = self._images(indices[mine])
-        if isinstance(self.cache.images, Rows | Streamed) and step + 1 < plan.steps:
-            self.cache.images.prefetch(batch_at(self.seed, step + 1, plan.batch_size, len(self.cache.names))[1][mine])
+        pixels = self._images(indices)
+        then, part = (step, part + 1) if part + 1 < self.parts else (step + 1, 0)
+        if isinstance(self.cache.images, Rows | Streamed) and then < plan.steps:
+            self.cache.images.prefetch(self._share(then, part)[1])
         images = random_view(pixels, size, draws, plan.crop, flip=self.flip)
         return Batch(images, draws, progress)
 

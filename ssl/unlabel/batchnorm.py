@@ -6,9 +6,25 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-__all__ = ["estimate_statistics", "frozen_statistics"]
+from unlabel import distributed
+from unlabel.errors import UserError
+
+__all__ = ["estimate_statistics", "frozen_statistics", "sync_batchnorm"]
+
+
+def sync_batchnorm(model: nn.Module, device: torch.device) -> None:
+    """Let BatchNorm take its statistics over all processes. Raises UserError on CPUs, where torch cannot."""
+    if distributed.world_size() == 1:
+        return
+    if device.type != "cuda":
+        raise UserError(
+            "--sync-batchnorm: torch has it for GPUs only; elsewhere statistics are taken in each process, or take a "
+            "network without BatchNorm, such as --backbone convnext_atto"
+        )
+    convert_sync_batchnorm(model)  # in place; timm's also knows layers that hold an activation
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import sys
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,7 @@ __all__ = ["file_sha256", "load_newest", "lock", "save", "write_atomic"]
 
 _MAGIC = b"unlabel-checkpoint-1\n"
 _KEEP = 2
+_CONTENT = {"model": dict, "optimizers": list, "step": int, "seconds": float, "phase": int, "sums": dict, "summed": int}
 
 
 def file_sha256(path: Path) -> str:
@@ -59,13 +61,23 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
     head = len(_MAGIC) + 32
-    if not data.startswith(_MAGIC) or len(data) <= head:
-        raise ValueError("not a checkpoint, or cut short")
-    if hashlib.sha256(data[head:]).digest() != data[len(_MAGIC) : head]:
-        raise ValueError("checksum does not match")
-    return torch.load(io.BytesIO(data[head:]), map_location="cpu", weights_only=True)
+    with path.open("rb") as file:
+        begin = file.read(head)
+        if not begin.startswith(_MAGIC) or len(begin) < head:
+            raise ValueError("not a checkpoint, or cut short")
+        if hashlib.file_digest(file, "sha256").digest() != begin[len(_MAGIC) :]:  # reads in pieces
+            raise ValueError("checksum does not match")
+        file.seek(head)
+        payload = io.BytesIO(file.read())
+    with zipfile.ZipFile(payload) as parts:  # torch stores; what is compressed could unpack to any size
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+            raise ValueError("compressed")
+    payload.seek(0)
+    state = torch.load(payload, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or any(not isinstance(state.get(k), v) for k, v in _CONTENT.items()):
+        raise ValueError("not the state of a run")
+    return state
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:

@@ -248,9 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"unlabel: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 2
     except Exception as error:
-        # Stopped lives beside torch's loop: recognised by its code, so that errors here stay quick.
+        # They live beside torch's loop: recognised by name, so that errors here stay quick.
         code = getattr(error, "code", None)
-        if type(error).__name__ != "Stopped" or not isinstance(code, int):
+        if type(error).__name__ not in ("Stopped", "RankLost") or not isinstance(code, int):
             raise
         print(f"unlabel: {error}", file=sys.stderr)
         return code

@@ -78,6 +78,8 @@ class PretrainConfig:
     """Time for training: the speed is measured once and turned into steps."""
     batch_size: int | None = None
     """Images per step over all processes (default: the first task's)."""
+    accumulate: int = 1
+    """Parts that each process splits its share of a step into: the same batch in less memory."""
     lr: float | None = None
     """Peak learning rate (default: the first task's)."""
     weight_decay: float | None = None
@@ -104,6 +106,10 @@ class PretrainConfig:
     """auto: bf16 where the hardware has it."""
     compile: bool = False
     """torch.compile the backbone: pays on GPUs for long runs."""
+    sync_batchnorm: bool = False
+    """BatchNorm's statistics over all processes; on GPUs only."""
+    rank_timeout: float = 30.0
+    """Minutes after which a process that waits for another one gives up, and names it."""
     init: Path | None = None
     """Start from another run's backbone."""
     max_skipped: float = 0.01
@@ -118,7 +124,9 @@ class PretrainConfig:
     """Filled from --TASK.setting flags; task name to its Config's fields that differ from the defaults."""
 
     # What may differ when a run is continued; the data is compared by fingerprint, not by how it is spelled.
-    MAY_DIFFER = frozenset({"data", "out", "device", "workers", "log_every", "checkpoint_every"})
+    MAY_DIFFER = frozenset(
+        {"data", "out", "device", "workers", "log_every", "checkpoint_every", "accumulate", "rank_timeout"}
+    )
 
     def fixed(self) -> dict[str, Any]:
         """The settings that a continued run must share, as plain JSON values."""

@@ -1,37 +1,45 @@
-"""Rank, world size, barrier, is_main, a differentiable mean: nothing else. One process is the same code."""
+"""Rank, world size, who goes first, a differentiable mean, who is missing. One process is the same code."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import time
+from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_fn
 from torch import Tensor
 
 from unlabel.errors import UserError
 
-__all__ = [
-    "any_rank",
-    "barrier",
-    "from_main",
-    "is_main",
-    "mean",
-    "pick_device",
-    "rank",
-    "start",
-    "stop",
-    "world_size",
-]
+__all__ = ["RankLost", "any_rank", "barrier", "from_main", "in_turn", "is_main", "mean", "naming_the_missing"]
+__all__ += ["pick_device", "rank", "same_everywhere", "start", "stop", "world_size"]
+
+LOST_SECONDS = 10.0  # that a process waits, once it gave up, for the others to give up too
 
 
-def start(device: torch.device) -> None:
-    """Join the process group that torchrun describes; without torchrun, nothing to do."""
+class RankLost(Exception):
+    """Another process did not come: it died, hangs, or cannot be reached. A restart goes on from the checkpoint."""
+
+    code = 75  # EX_TEMPFAIL of sysexits.h
+
+
+def start(device: torch.device, minutes: float = 30.0) -> None:
+    """Join the process group that torchrun describes; without torchrun, nothing to do.
+
+    ``minutes``: after which a process that waits for another one in a step gives up.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        # Long: the others wait while rank 0 packs the images. A rank that dies is torchrun's to notice.
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        except (RuntimeError, dist.DistError) as error:
+            raise RankLost(f"the processes did not find one another ({str(error).splitlines()[0]})") from None
+        _store().set(f"host/{rank()}", socket.gethostname())
 
 
 def stop() -> None:
@@ -71,9 +79,99 @@ def barrier() -> None:
         dist.barrier()
 
 
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+_turns = 0  # how often ``in_turn`` was entered: the same number on every rank
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Rank 0 first, then the first process of every other node, then the rest: so that work that leaves files is done
+    once, or where nodes do not share the folder, once for each node. The others wait, however long it takes.
+    """
+    global _turns
+    if not dist.is_initialized():
+        yield
+        return
+    _turns += 1
+    done = f"turn/{_turns}"
+    mine = f"{done}/{os.environ.get('GROUP_RANK', '0')}"
+    first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not is_main():  # a rank that dies meanwhile is torchrun's to notice
+        while not _store().check([done if first_here else mine]):
+            time.sleep(0.1)
+    yield
+    if is_main():
+        _store().set(done, "1")
+    if first_here:
+        _store().set(mine, "1")
+
+
+def same_everywhere(value: Any, what: str) -> None:
+    """UserError where ``value`` differs between ranks: ``what`` says how that can be."""
+    if not dist.is_initialized():
+        return
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    if any(other != found[0] for other in found):
+        listed = ", ".join(f"rank {k}: {v}" for k, v in enumerate(found))
+        raise UserError(f"{what} ({listed})")
+
+
+@contextlib.contextmanager
+def naming_the_missing() -> Iterator[None]:
+    """Where torch gives up waiting for another process inside, says which one did not come (on CPUs; NCCL's own
+    watchdog ends the process and names the collective)."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        lost = any(word in text for word in ("timed out", "connection", "gloo", "nccl", "broken pipe", "socket"))
+        if not dist.is_initialized() or not lost:
+            raise
+        raise RankLost(_who_is_missing(str(error).splitlines()[0])) from None
+
+
+def _who_is_missing(reason: str) -> str:
+    """Every process that gives up leaves a word in the store. Whoever leaves none is missing."""
+    everybody = range(world_size())
+    missing: list[int] = []
+    hosts: dict[int, str] = {}
+    try:
+        store = _store()
+        hosts = {k: store.get(f"host/{k}").decode() for k in everybody}
+        store.set(f"lost/{rank()}", "1")
+        until = time.monotonic() + LOST_SECONDS
+        while (missing := [k for k in everybody if not store.check([f"lost/{k}"])]) and time.monotonic() < until:
+            time.sleep(0.2)
+    except RuntimeError:  # the store was the missing process's
+        missing = [0]
+    names = ", ".join(f"rank {k} on {hosts.get(k, '?')}" for k in missing) or "none: the network between them failed"
+    return (
+        f"a process did not come (missing of {world_size()}: {names}; {reason[:200]}); "
+        "the same command continues, torchrun --max-restarts N does so by itself"
+    )
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks. Every rank's loss depends on every rank's x: gradients are summed, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone().contiguous()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _Sum.forward(ctx, grads[0])
+
+
 def mean(x: Tensor) -> Tensor:
     """The mean over ranks, differentiable on each of them: for tasks with a batch statistic."""
-    return dist_fn.all_reduce(x) / world_size() if dist.is_initialized() else x
+    return _Sum.apply(x) / world_size() if dist.is_initialized() else x
 
 
 def from_main(value: float) -> float:

@@ -68,8 +68,8 @@ def make_mlp(name: str, size: int) -> Mlp:
     """The network that ``mlp:WIDTH-WIDTH…`` or ``mlp:WIDTH-WIDTH…:ACTIVATION`` names, for images of ``size`` px."""
     widths, _, activation = name.removeprefix(PREFIX).partition(":")
     numbers = widths.split("-")
-    if not all(n.isascii() and n.isdecimal() and int(n) > 0 for n in numbers):
-        raise UserError(f"--backbone {name}: widths are whole numbers joined by -, as mlp:1000-500-250")
+    if not all(n.isascii() and n.isdecimal() and len(n) < 7 and int(n) > 0 for n in numbers) or len(numbers) > 64:
+        raise UserError(f"--backbone {name[:80]}: widths are whole numbers joined by -, as mlp:1000-500-250")
     if (activation or "relu") not in ACTIVATIONS:
         raise UserError(f"--backbone {name}: unknown activation {activation!r}: choose from {', '.join(ACTIVATIONS)}")
     return Mlp(tuple(int(n) for n in numbers), size, activation or "relu")

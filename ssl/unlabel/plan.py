@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from unlabel import distributed, optim
+from unlabel.backbone import SIDES
 from unlabel.config import PretrainConfig
 from unlabel.errors import UserError
 from unlabel.order import steps_for
@@ -53,7 +54,8 @@ def check_settings(config: PretrainConfig, classes: dict[str, Any], weights: Seq
         raise UserError("a task in several phases cannot be summed with other tasks")
     if config.epochs is not None and config.minutes is not None:
         raise UserError("give --epochs or --minutes, not both")
-    positive = ("epochs", "minutes", "lr", "batch_size", "log_every", "checkpoint_every", "workers")
+    positive = ("epochs", "minutes", "lr", "batch_size", "log_every", "checkpoint_every", "workers", "accumulate")
+    positive += ("rank_timeout",)
     for name in (*positive, "weight_decay", "clip", "warmup"):
         value = getattr(config, name)
         low = value is not None and (value < 0 or (value == 0 and name in positive))
@@ -64,8 +66,8 @@ def check_settings(config: PretrainConfig, classes: dict[str, Any], weights: Seq
         raise UserError(f"--warmup {config.warmup}: a share of the steps, below 1")
     if config.crop is not None and not 0 < config.crop[0] <= config.crop[1] <= 1:
         raise UserError(f"--crop {config.crop}: give two shares of the area in rising order, above 0 and up to 1")
-    if config.image_size is not None and not 16 <= config.image_size <= 1024:
-        raise UserError(f"--image-size must lie between 16 and 1024, not {config.image_size}")
+    if config.image_size is not None and not SIDES[0] <= config.image_size <= SIDES[1]:
+        raise UserError(f"--image-size must lie between {SIDES[0]} and {SIDES[1]}, not {config.image_size}")
 
 
 def make_plan(
@@ -80,7 +82,8 @@ def make_plan(
     )
     n = len(batch_of.cache.names)
     # Not more than there are images, but two at least: BatchNorm needs a variance.
-    fitting = max(2 * world, min(recipe.batch_size, n) // world * world)
+    shares = world * config.accumulate
+    fitting = max(2 * shares, min(recipe.batch_size, n) // shares * shares)
     plan = Plan(
         image_size, config.batch_size or fitting, 0,
         config.lr or recipe.lr, recipe.weight_decay if config.weight_decay is None else config.weight_decay,
@@ -88,20 +91,36 @@ def make_plan(
         progressive, pick_precision(config.precision, device),
     )  # fmt: skip
     if about is not None:  # a continued run keeps what was resolved then, whatever this machine's speed
-        resolved = {**about["resolved"], "crop": tuple(about["resolved"]["crop"]), "precision": plan.precision}
-        plan = Plan(**resolved)
-    if plan.batch_size % world:
-        raise UserError(f"batch size {plan.batch_size} is not a multiple of the {world} processes: set --batch-size")
+        plan = _resolved_before(about["resolved"], plan)
+    if plan.batch_size % shares:
+        times = f" times --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        raise UserError(
+            f"batch size {plan.batch_size} is not a multiple of the {world} processes{times}: set --batch-size"
+        )
     if about is not None:
         return plan
     epochs = config.epochs if config.epochs is not None else EPOCHS
     steps = steps_for(epochs, n, plan.batch_size)
-    per_step = measure(model, plan, batch_of, 12 if config.minutes is not None else 4)
+    per_step = config.accumulate * measure(model, plan, batch_of, 12 if config.minutes is not None else 4)
     if config.minutes is not None:
         steps = max(1, int(config.minutes * 60 / per_step))
     if distributed.is_main():
         print(f"cost: {steps} steps of {per_step:.2f} s, about {steps * per_step / 60:.1f} minutes")
     return replace(plan, steps=steps)
+
+
+def _resolved_before(resolved: dict[str, Any], now: Plan) -> Plan:
+    """The plan in config.json, with this machine's precision."""
+    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool, "tuple[float, float]": list}
+    for key, kind in Plan.__annotations__.items():
+        value = resolved.get(key)
+        if not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "bool"):
+            raise UserError(f"config.json is not whole: its resolved {key} is {value!r}: choose another --out")
+    known = {key: resolved[key] for key in Plan.__annotations__}
+    plan = Plan(**{**known, "crop": tuple(known["crop"]), "precision": now.precision})
+    if not (SIDES[0] <= plan.image_size <= SIDES[1] and plan.batch_size > 0 and plan.steps > 0 and len(plan.crop) == 2):
+        raise UserError("config.json is not whole: its resolved settings make no sense: choose another --out")
+    return plan
 
 
 def measure(model: nn.Module, plan: Plan, batch_of: Batches, at_most: int) -> float:

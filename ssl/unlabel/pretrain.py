@@ -19,7 +19,7 @@ from tqdm import tqdm
 from unlabel import checkpoint, distributed, optim
 from unlabel.backbone import Backbone, build_backbone, channels_last, save_backbone
 from unlabel.batches import Batches
-from unlabel.batchnorm import estimate_statistics
+from unlabel.batchnorm import estimate_statistics, sync_batchnorm
 from unlabel.cache import write_skipped
 from unlabel.config import PretrainConfig
 from unlabel.draws import mix, seed_everything
@@ -33,10 +33,12 @@ from unlabel.runfolder import RunFolder
 from unlabel.signals import Stopped, catch_signals
 from unlabel.sources import open_source
 from unlabel.start import (
+    content_of,
     init_of,
     load_images,
     load_weights_of,
     newest_state,
+    refuse_other_content,
     refuse_other_side,
     refuse_out_inside_data,
     start_from,
@@ -73,8 +75,11 @@ def pretrain(config: PretrainConfig, exclude: frozenset[str] = frozenset()) -> P
     Raises UserError for what a person can put right, Stopped after a signal.
     """
     device = distributed.pick_device(config.device)
-    distributed.start(device)
-    with checkpoint.lock(config.out) if distributed.is_main() else contextlib.nullcontext():
+    distributed.start(device, config.rank_timeout)
+    with (
+        checkpoint.lock(config.out) if distributed.is_main() else contextlib.nullcontext(),
+        distributed.naming_the_missing(),
+    ):
         return _pretrain(config, device, exclude)
 
 
@@ -91,11 +96,8 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     refuse_out_inside_data(config)
 
     # ---- 2. The data, decoded once into the packed cache
-    if not distributed.is_main():  # rank 0 first: a named set may have to be downloaded
-        distributed.barrier()
-    source = open_source(config.data)
-    if distributed.is_main():
-        distributed.barrier()
+    with distributed.in_turn():  # a named set may have to be downloaded
+        source = open_source(config.data)
     fingerprint = with_excluded(source.fingerprint, exclude)
     settings = {**config.fixed(), "init": init_of(config.init, about)}
     if about is not None:
@@ -105,8 +107,10 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
             return config.out
     image_size = config.image_size or min(224, max(32, source.median_short_side()))
     cache = load_images(source, image_size, config, exclude)
+    content = content_of(cache)
     if about is not None:
         refuse_other_side(about, cache.side, image_size)
+        refuse_other_content(about, content)
     if distributed.is_main():
         write_skipped(run.path / "skipped.txt", cache.skipped)
         if exclude:
@@ -114,6 +118,10 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
 
     # ---- 3. The model: one backbone, and the heads of the tasks
     state = newest_state(run, about)
+    begun = None if about is None else state["step"] if state else 0
+    distributed.same_everywhere(
+        (fingerprint[:12], content[:12], begun), "the processes do not see the same --data and --out"
+    )
     backbone = build_backbone(config.backbone, image_size, config.stem, config.seed, config.flip)
     if config.init is not None and state is None:
         start_from(backbone, config.init)
@@ -132,7 +140,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     resolved = {**vars(plan), "crop": list(plan.crop)}
     if about is None and distributed.is_main():
         data = {"spec": list(config.data), "images": len(cache.names), "skipped": len(cache.skipped)}
-        data["side"] = cache.side
+        data |= {"side": cache.side, "content": content}
         data["shown_as"] = sorted({cls.sees for cls in classes.values()})
         run.begin(settings, config.free(), resolved, fingerprint, data)
     describe(say, config, plan, cache, model, device)
@@ -145,6 +153,8 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
         for task in tasks.values():
             task.begin(phase)
         channels_last(model.to(device))
+        if config.sync_batchnorm:
+            sync_batchnorm(model, device)
         groups = [g for task in tasks.values() for g in task.param_groups()]
         optimizers = optim.make_optimizers(backbone, groups, plan.optimizer, plan.lr, plan.weight_decay)
         return _wrap(model, device), optimizers
@@ -198,12 +208,16 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
                 phase = now
                 wrapped, optimizers = begin(phase)
             seed_everything(config.seed, step, distributed.rank())
-            batch = batch_of(step, progress)
-            optim.set_rates(optimizers, optim.rate_at(batch.progress, config.warmup, plan.schedule))
+            optim.set_rates(optimizers, optim.rate_at(progress, config.warmup, plan.schedule))
             wrapped.train()
-            with autocast(device, plan.precision):
-                loss, values = wrapped(batch)
-            loss.backward()
+            for part in range(config.accumulate):
+                batch = batch_of(step, progress, part)
+                with _gradients_shared(wrapped, part == config.accumulate - 1):
+                    with autocast(device, plan.precision):
+                        loss, values = wrapped(batch)
+                    (loss / config.accumulate).backward()
+                for k, v in {"loss": loss.detach(), **values}.items():
+                    sums[k] = sums.get(k, 0) + v / config.accumulate  # no .item(): it would wait for the device
             trained = [p for o in optimizers for g in o.param_groups for p in g["params"]]
             if config.clip > 0:
                 torch.nn.utils.clip_grad_norm_(trained, config.clip)
@@ -213,8 +227,6 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
             step, summed, timed = step + 1, summed + 1, timed + 1
             bar.update(plan.batch_size)
 
-            for k, v in {"loss": loss.detach(), **values}.items():
-                sums[k] = sums.get(k, 0) + v  # no .item(): it would wait for the device
             due = time.monotonic() - last_save > CHECKPOINT_SECONDS or step % every_save == 0 or step == plan.steps
             log_due = step % every_log == 0 or step == plan.steps
             if (log_due or due) and not bool(torch.isfinite(sums["loss"])):
@@ -237,14 +249,22 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
 
     # ---- 6. The product: BatchNorm statistics on clean images, then weights only
     seconds += time.monotonic() - started
-    if distributed.is_main():
-        seed_everything(config.seed, "finish")
+    seed_everything(config.seed, "finish")
+    if distributed.is_main() or config.sync_batchnorm:  # synchronised layers wait for one another here, too
         estimate_statistics(backbone, batch_of.clean())
+    if distributed.is_main():
         path = save_backbone(backbone, run.path)
         run.finish(path, {"steps": plan.steps, "images_seen": plan.steps * plan.batch_size, "seconds": seconds})
     distributed.barrier()
     say(f"{run.path / 'backbone.safetensors'}: {plan.steps} steps, {plan.steps * plan.batch_size:,} images seen")
     return run.path
+
+
+def _gradients_shared(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Between processes, gradients are averaged once in a step: with the last of its parts."""
+    if last or not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return wrapped.no_sync()
 
 
 def _wrap(model: Together, device: torch.device) -> nn.Module:

@@ -72,8 +72,13 @@ class RunFolder:
         file = self.path / "config.json"
         try:
             self.about = json.loads(file.read_text())
-            if not {"settings", "resolved", "fingerprint"} <= self.about.keys():
+            kinds = {"settings": dict, "resolved": dict, "fingerprint": str}
+            if not isinstance(self.about, dict) or any(not isinstance(self.about.get(k), v) for k, v in kinds.items()):
                 raise ValueError("settings are missing")
+            if not isinstance(self.about.get("data", {}), dict):
+                raise ValueError("data is not a table")
+            if not isinstance((self.about.get("finished") or {"backbone_sha256": ""})["backbone_sha256"], str):
+                raise ValueError("finished is not a table")
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, OSError) as error:

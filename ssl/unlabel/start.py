@@ -17,8 +17,8 @@ from unlabel.config import PretrainConfig
 from unlabel.errors import UserError
 from unlabel.runfolder import RunFolder
 
-__all__ = ["init_of", "load_images", "load_weights_of", "newest_state", "refuse_other_side", "refuse_out_inside_data"]
-__all__ += ["start_from", "with_excluded"]
+__all__ = ["content_of", "init_of", "load_images", "load_weights_of", "newest_state", "refuse_other_content"]
+__all__ += ["refuse_other_side", "refuse_out_inside_data", "start_from", "with_excluded"]
 
 
 def refuse_out_inside_data(config: PretrainConfig) -> None:
@@ -55,6 +55,19 @@ def refuse_other_side(about: dict[str, Any], side: int, image_size: int) -> None
         )
 
 
+def content_of(cache: ImageCache) -> str:
+    """SHA-256 over what every image decodes to: the fingerprint knows names and sizes only."""
+    return hashlib.sha256("\n".join(cache.hashes).encode()).hexdigest()
+
+
+def refuse_other_content(about: dict[str, Any], content: str) -> None:
+    if about.get("data", {}).get("content", content) != content:
+        raise UserError(
+            "the images have changed since this run was begun: names and sizes are the same, pixels are not (or "
+            "another Pillow reads them). Restore them, or choose another --out"
+        )
+
+
 def load_weights_of(state: dict[str, Any], model: Any) -> None:
     try:
         model.load_state_dict(state["model"])
@@ -86,18 +99,15 @@ def with_excluded(fingerprint: str, exclude: frozenset[str]) -> str:
 
 
 def load_images(source: Any, image_size: int, config: PretrainConfig, exclude: frozenset[str]) -> ImageCache:
-    """Rank 0 packs; the others wait and map the same file."""
+    """Rank 0 packs; the others wait and map the same file, or where their node has its own cache, pack there."""
     options: dict[str, Any] = {"max_skipped": config.max_skipped, "workers": config.workers}
-    if distributed.is_main():
+    with distributed.in_turn():
         try:
-            cache = load_cache(source, image_size, **options)
+            cache = load_cache(source, image_size, progress=distributed.is_main(), **options)
         except TooManyBroken as error:
-            write_skipped(config.out / "skipped.txt", error.skipped)
+            if distributed.is_main():
+                write_skipped(config.out / "skipped.txt", error.skipped)
             raise
-        distributed.barrier()
-    else:
-        distributed.barrier()
-        cache = load_cache(source, image_size, progress=False, **options)
     if exclude:
         cache = cache.subset(np.flatnonzero([h not in exclude for h in cache.hashes]))
     if not cache.names:
