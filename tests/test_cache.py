@@ -1,6 +1,7 @@
 import io
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -388,6 +389,25 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "ssl")])}
     return subprocess.Popen([sys.executable, "-c", code, str(folder)], env=env, stdout=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("change", ["deleted", "grown", "shrunk"])
+def test_an_image_that_changes_while_it_is_packed_stops_it(change: str, digits_folder: Path, tmp_path: Path):
+    """Listed, then changed: what is kept under the listing's fingerprint must be what was listed."""
+    copy = tmp_path / "copy"
+    shutil.copytree(digits_folder, copy)
+    source = open_source(str(copy))
+    _ = source.fingerprint, source.content_sample()
+    victim = copy / source.names[7]
+    data = victim.read_bytes()
+    if change == "deleted":
+        victim.unlink()
+    else:
+        victim.write_bytes(data + b"0" if change == "grown" else data[:-1])
+    with pytest.raises(UserError, match=r"changed or vanished while the images were read"):
+        load_cache(source, 32)
+    victim.write_bytes(data)
+    assert len(load_cache(open_source(str(copy)), 32)) == len(source)
 
 
 def test_processes_at_once_and_killed_ones_all_end_well(tmp_path: Path, cache_folder: Path) -> None:

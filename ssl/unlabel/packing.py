@@ -30,6 +30,7 @@ from PIL import Image
 
 from unlabel.decode import BrokenImage, decode, perceptual_hashes
 from unlabel.errors import UserError
+from unlabel.listing import Changed
 from unlabel.sources import Source, cache_root
 from unlabel.streaming import Streamed
 
@@ -85,11 +86,13 @@ def _cpus() -> int:
 
 
 def _pack_one(load: Callable[[], bytes], side: int) -> _Packed | str:
-    """The packed image, or why there is none."""
+    """The packed image, or why there is none. Raises OSError if the file is not the one that was listed, or is gone."""
     try:
         image = decode(load())
     except BrokenImage as error:
         return str(error)
+    except (Changed, FileNotFoundError):
+        raise
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     width, height = image.size
@@ -194,7 +197,10 @@ def _without_room(
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata that do not matter here
 
     def make(k: int) -> bytes | str:
-        packed = _pack_one(source.entries[rows[k]].load, side)
+        try:
+            packed = _pack_one(source.entries[rows[k]].load, side)
+        except OSError as error:
+            return str(error.strerror or error)
         if isinstance(packed, str):
             return packed
         if packed.hash != hashes[k]:  # what was found out about near-duplicates no longer holds
@@ -250,7 +256,13 @@ def _decode_into(file: IO[bytes] | None, source: Source, side: int, workers: int
 
     def finish() -> None:
         i, future = waiting.popleft()
-        result = future.result()
+        try:
+            result = future.result()
+        except OSError as error:  # what is packed must be what was listed: it is found again by that
+            raise UserError(
+                f"{source.names[i]!r} changed or vanished while the images were read ({error.strerror or error}): "
+                "the same command looks at them again"
+            ) from None
         if isinstance(result, str):
             skipped.append((source.names[i], result))
         else:
