@@ -338,6 +338,12 @@ def test_errors_of_the_command_line(compared: Path, digits_folder: Path, tmp_pat
         (["pretrain", "rotation", "--data", str(tmp_path / "gone"), "--out", out], "gone"),
         (["pretrain", "rotation", "--data", data, "--out", out, "--denoising.noise", "x"], "not among the tasks"),
         (["frobnicate"], "unknown command"),
+        (["pretrain", "rotation", "--data", data], "Missing from unlabel pretrain: --out"),
+        (["pretrain", "rotation", "--data", data, "--out", out, "--image-sise", "3"], "perhaps you meant --image-size"),
+        (["pretrain", "rotation", "--data", data, "--out", out, "--device", "gpu"], "invalid choice 'gpu'"),
+        (["pretrain", "rotation", "--data", data, "--out", out, "--image-size", "big"], "--image-size"),
+        (["pretrain", "rotation", "--data", data, "--out", out, "--rotation.jiter", "1"], "perhaps you meant --jitter"),
+        (["pretrain", "rotation", "--data", data, "--out", out, "--backbone", "hf-hub:x/y"], "unknown backbone"),
         (["evaluate", run, "--train", data, "--labels-per-class", "500", "--out", out], "at most"),
         (["evaluate", run, "--train", data, "--labels-per-class", "five", "--out", out], "whole numbers"),
         (["evaluate", run, "--train", str(digits_folder / "1"), "--out", out], "class"),
@@ -353,6 +359,7 @@ def test_errors_of_the_command_line(compared: Path, digits_folder: Path, tmp_pat
         errors = capsys.readouterr().err
         last = errors.strip().splitlines()[-1]
         assert last.startswith("unlabel: "), argv
+        assert "│" not in errors, argv
         assert message in last, (argv, last)
         assert "Traceback" not in errors
 

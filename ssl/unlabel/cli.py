@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
 import sys
@@ -166,6 +168,24 @@ def split_task_flags(args: Sequence[str]) -> tuple[list[str], dict[str, list[str
     return rest, own
 
 
+def _parse(cls: type[Any], args: Sequence[str], prog: str, **more: Any) -> Any:
+    """What tyro makes of ``args``; of its errors, which fill a box of many lines, the first words as a UserError."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(cls, args=args, prog=prog, **more)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    text = re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue())
+    box = " ".join(line.strip("│ ") for line in text.splitlines() if line.startswith("│")) or " ".join(text.split())
+    parts = [part.strip() for part in re.split("─{3,}", box)]
+    what = parts[0].split("Got errors:")[0].strip().rstrip(".")
+    meant = next((p for p in parts[1:] if p.startswith("Perhaps you meant:")), "")
+    meant = f"; perhaps you meant {m[0]}" if (m := re.search(r"--[a-z0-9-]+", meant)) else ""
+    raise UserError(f"{what}{meant}; see {prog} --help")
+
+
 def parse_task_flags(own: dict[str, list[str]], tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Task to those settings that differ from the task's defaults. Imports the tasks that have flags, no others."""
     for name in own:
@@ -176,7 +196,7 @@ def parse_task_flags(own: dict[str, list[str]], tasks: Sequence[str]) -> dict[st
     settings = {}
     for name, flags in own.items():
         cls = load_task(name).Config
-        chosen = tyro.cli(cls, args=flags, prog=f"unlabel … --{name}.SETTING", description=f"settings of {name}")
+        chosen = _parse(cls, flags, f"unlabel pretrain {name}", description=f"settings of {name}")
         default = cls()
         fields = [f.name for f in dataclasses.fields(cls)]
         settings[name] = {k: getattr(chosen, k) for k in fields if getattr(chosen, k) != getattr(default, k)}
@@ -211,7 +231,7 @@ def run(argv: Sequence[str]) -> int:
     if named and any(a in ("-h", "--help") for a in rest):
         _help(cls, argv[0], rest, named)
         return 0
-    config = tyro.cli(cls, args=rest, prog=f"unlabel {argv[0]}")
+    config = _parse(cls, rest, f"unlabel {argv[0]}")
     tasks = tasks_of(config)
     if own:
         if not tasks:
