@@ -70,6 +70,7 @@ class Play:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         launcher = [*torchrun, "--max-restarts", "2", "-m", "unlabel"] if processes > 1 else ["-m", "unlabel"]
         own = {"UNLABEL_CACHE": str(self.folder / cache), "OMP_NUM_THREADS": "1"}
+        own["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # restarted processes must not find the addresses of dead ones
         return subprocess.Popen(
             [sys.executable, *launcher, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, **own}, **more,

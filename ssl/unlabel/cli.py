@@ -178,8 +178,10 @@ def _parse(cls: type[Any], args: Sequence[str], prog: str, **more: Any) -> Any:
         if not stop.code:  # --help
             raise
     text = re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue())
-    box = " ".join(line.strip("│ ") for line in text.splitlines() if line.startswith("│")) or " ".join(text.split())
-    parts = [part.strip() for part in re.split("─{3,}", box)]
+    # A title, then parts between lines; drawn with other characters where the terminal may not have these.
+    inside = re.sub("[│╭╮╰╯]", " ", "\n".join(line for line in text.splitlines() if not line.startswith(("╭", "╰"))))
+    parts = [" ".join(part.split()) for part in re.split("─{3,}|-{5,}", inside) if part.strip()]
+    parts = parts[1:] if "╭" not in text else parts
     what = parts[0].split("Got errors:")[0].strip().rstrip(".")
     meant = next((p for p in parts[1:] if p.startswith("Perhaps you meant:")), "")
     meant = f"; perhaps you meant {m[0]}" if (m := re.search(r"--[a-z0-9-]+", meant)) else ""

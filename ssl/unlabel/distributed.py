@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -22,6 +23,9 @@ __all__ += ["pick_device", "rank", "same_everywhere", "start", "stop", "world_si
 LOST_SECONDS = 10.0  # that a process waits, once it gave up, for the others to give up too
 
 
+_generation = ""  # of this start of the processes
+
+
 class RankLost(Exception):
     """Another process did not come: it died, hangs, or cannot be reached. A restart goes on from the checkpoint."""
 
@@ -33,12 +37,17 @@ def start(device: torch.device, minutes: float = 30.0) -> None:
 
     ``minutes``: after which a process that waits for another one in a step gives up.
     """
+    global _generation
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
         except (RuntimeError, dist.DistError) as error:
             raise RankLost(f"the processes did not find one another ({str(error).splitlines()[0]})") from None
+        # torchrun's store outlives its restarts: what was said in it before does not count.
+        box = [uuid.uuid4().hex]
+        dist.broadcast_object_list(box, src=0, device=device)
+        _generation = box[0]
         _store().set(f"host/{rank()}", socket.gethostname())
 
 
@@ -80,7 +89,7 @@ def barrier() -> None:
 
 
 def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
+    return dist.PrefixStore(f"unlabel/{_generation}", dist.distributed_c10d._get_default_store())
 
 
 _turns = 0  # how often ``in_turn`` was entered: the same number on every rank
@@ -151,7 +160,7 @@ def _who_is_missing(reason: str) -> str:
     names = ", ".join(f"rank {k} on {hosts.get(k, '?')}" for k in missing) or "none: the network between them failed"
     return (
         f"a process did not come (missing of {world_size()}: {names}; {reason[:200]}); "
-        "the same command continues, torchrun --max-restarts N does so by itself"
+        "the same command continues; so does torchrun --max-restarts N, with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
     )
 
 

@@ -245,6 +245,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
                 save(step)
                 last_save = time.monotonic()
             if signum:
+                distributed.barrier()  # until rank 0 has saved: torchrun kills what outlives the first to leave
                 raise Stopped(signum, step)
 
     # ---- 6. The product: BatchNorm statistics on clean images, then weights only
@@ -271,7 +272,10 @@ def _wrap(model: Together, device: torch.device) -> nn.Module:
     if distributed.world_size() == 1:
         return model
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    # Else DDP lays its buckets out anew after its first step, so that a continued run adds in another order. (Two
+    # numbers have one order only.)
+    ordered = distributed.world_size() > 2
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids, find_unused_parameters=ordered)
 
 
 class _CallableModule(types.ModuleType):
