@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
 from downstream.finetune import Classifier, predict_logits
 from unlabel.apply import safe_cell
-from unlabel.backbone import MAX_BYTES, build_described, compare_weights, spec_from_json, spec_to_json
+from unlabel.backbone import build_described, read_weights, spec_from_json, spec_to_json
 from unlabel.cache import load_cache, printable
 from unlabel.checkpoint import write_atomic
 from unlabel.config import PredictConfig
@@ -62,16 +61,7 @@ def load_classifier(folder: Path) -> tuple[Classifier, list[str]]:
     model = Classifier(backbone, len(classes))
     want = {f"backbone.{k}": v for k, v in backbone.model.state_dict().items()}
     want |= {f"head.{k}": v for k, v in model.head.state_dict().items()}
-    try:
-        if weights.stat().st_size > MAX_BYTES:
-            raise ValueError("too large")
-        with safe_open(weights, framework="pt") as file:
-            compare_weights(want, {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()})  # noqa: SIM118
-            state = {k: file.get_tensor(k) for k in want}
-    except UserError:
-        raise
-    except Exception as error:  # safetensors raises its own type for a malformed file
-        raise UserError(f"{weights} is not a readable safetensors file ({error})") from None
+    state = read_weights(weights, want)
     backbone.model.load_state_dict({k[9:]: v for k, v in state.items() if k.startswith("backbone.")})
     model.head.load_state_dict({k[5:]: v for k, v in state.items() if k.startswith("head.")})
     return model.eval(), classes

@@ -297,16 +297,36 @@ def build_described(spec: Spec, weights: Path) -> Backbone:
 
     It is built without memory first. Raises UserError.
     """
-    size = weights.stat().st_size if weights.exists() else MAX_BYTES
+    size = sum(4 * math.prod(shape) for shape in _shapes(weights).values())
     try:
         with torch.device("meta"):
             empty = make_mlp(spec.name, spec.image_size) if is_mlp(spec.name) else _from_timm(spec)
-        need = sum(t.nbytes for t in empty.state_dict().values())
+        need = 4 * sum(t.numel() for t in empty.state_dict().values())
     except (NotImplementedError, RuntimeError):  # a network that computes with its weights while it is built
         need = 0
-    if need > min(MAX_BYTES, 4 * size + (1 << 20)):  # another stem may be smaller; files do not compress
-        raise UserError(f"{weights} has {size:,} bytes and {spec.name} needs {need:,}: they do not belong together")
+    if need > min(MAX_BYTES, 4 * size + (1 << 20)):  # the changed stem may be smaller
+        raise UserError(f"{weights} holds {size:,} bytes and {spec.name} needs {need:,}: they do not belong together")
     return Backbone(spec)
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Of a safetensors file, which cannot run code, without its numbers. Raises UserError."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"larger than {MAX_BYTES >> 30} GiB")
+        with safe_open(path, framework="pt") as file:  # which has compared what it claims with its length
+            return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: is the run finished?") from None
+    except Exception as error:  # safetensors raises its own type for a malformed file
+        raise UserError(f"{path} is not a readable safetensors file ({error})") from None
+
+
+def read_weights(path: Path, want: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Exactly the tensors of ``want``; names and shapes are compared before memory is taken. Raises UserError."""
+    compare_weights(want, _shapes(path))
+    with safe_open(path, framework="pt") as file:
+        return {k: file.get_tensor(k) for k in want}
 
 
 def read_spec(folder: Path) -> dict[str, Any]:
@@ -339,20 +359,9 @@ def load_backbone(folder: str | Path) -> Backbone:
 
 
 def load_weights(backbone: Backbone, path: Path) -> None:
-    """Strict load; names and shapes are compared before memory is taken. A safetensors file cannot run code."""
+    """Strict."""
     want = {(CHANGED_PREFIX + k if k in backbone.changed else k): v for k, v in backbone.model.state_dict().items()}
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"larger than {MAX_BYTES >> 30} GiB")
-        with safe_open(path, framework="pt") as file:
-            compare_weights(want, {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()})  # noqa: SIM118
-            state = {k: file.get_tensor(k) for k in want}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: is the run finished?") from None
-    except UserError:
-        raise
-    except Exception as error:  # safetensors raises its own type for a malformed file
-        raise UserError(f"{path} is not a readable safetensors file ({error})") from None
+    state = read_weights(path, want)
     backbone.model.load_state_dict({k.removeprefix(CHANGED_PREFIX): v for k, v in state.items()}, strict=True)
 
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
-from timm.layers import convert_sync_batchnorm
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from unlabel import distributed

@@ -5,14 +5,19 @@ import io
 import re
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageChops
 
 from unlabel.sources import available_formats
 
 __all__ = ["MAX_PIXELS", "BrokenImage", "decode", "perceptual_hashes"]
 
 MAX_PIXELS = 100_000_000  # a few kilobytes can unpack to more than the memory
-_MAGIC = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF", b"P5", b"P6")
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|BM|II[*+]\x00|MM\x00[*+]|RIFF....WEBP|P[1-6f]\s|\x00\x00\x01\x00"
+    rb"|....(jP  |ftypavi[fs])|\xff\x4f\xff\x51",
+    re.DOTALL,
+)
+_BLOCK = 1 << 22  # pixels of an image of numbers that are worked on at once
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -32,7 +37,8 @@ def decode(data: bytes) -> Image.Image:
     """The image in `data` as RGB, upright by its EXIF orientation, on white where it is transparent.
 
     Of an animation the first frame; 16-bit grey by its high byte, rounded; floats from their minimum to their
-    maximum. Raises BrokenImage rather than give pixels that are made up.
+    maximum. Raises BrokenImage rather than give pixels that are made up, such as the flat colour that completes a
+    JPEG whose data end early.
     """
     if not data:
         raise BrokenImage("empty file")
@@ -44,14 +50,19 @@ def decode(data: bytes) -> Image.Image:
             raise BrokenImage(f"too large: {image.width} x {image.height} pixels")
         if image.width * image.height == 0:
             raise BrokenImage("no pixels")
+        deep = bool(image.tile) and image.tile[0][3] == "RGB;16B"
         image.load()
+        if image.format in ("JPEG", "MPO") and _is_cut(image, data):
+            raise BrokenImage("truncated")
+        if deep and isinstance(key := image.info.get("transparency"), tuple):
+            image.info["transparency"] = tuple(value >> 8 for value in key)  # as the pixels were
         rgb = _to_rgb(image)
     except BrokenImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BrokenImage("too large: more pixels than a photo can have") from None
     except Image.UnidentifiedImageError:
-        known = data.startswith(_MAGIC)
+        known = _MAGIC.match(data)
         raise BrokenImage("truncated or damaged header" if known else "not an image") from None
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged data
         if "truncated" in str(error).lower() or isinstance(error, EOFError):
@@ -92,6 +103,61 @@ def _cosines() -> np.ndarray:
     return np.cos(np.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5))
 
 
+def _is_cut(image: Image.Image, data: bytes) -> bool:
+    """Whether a JPEG has an end marker before its picture is whole.
+
+    libjpeg completes such a picture without an error, with the last colour or with grey.
+    """
+    at, frame = 2, 0
+    while data[at : at + 1] == b"\xff" and data[at + 1] != 0xDA:
+        if data[at + 1] == 0xFF:  # filling
+            at += 1
+            continue
+        if 0xC0 <= data[at + 1] <= 0xCF and data[at + 1] not in (0xC4, 0xC8, 0xCC):
+            frame = at
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    end = data.find(b"\xff\xd9", at)
+    if not frame or data[at : at + 2] != b"\xff\xda" or end < 0:
+        return False
+    if _lacks_scans(data, at, end, components=data[frame + 9]):
+        return True
+    # A whole picture does not depend on what follows its last bit, and one that is completed does. To decode twice
+    # more, be it at an eighth of the size, is worth it only where the picture ends in one colour. (Arithmetic coding
+    # may leave out its last bits, and is not looked at.)
+    if data[frame + 1] not in (0xC0, 0xC1) or not _ends_flat(image):
+        return False
+    first, second = (_eighth(data[:end] + more + b"\xff\xd9") for more in (b"", bytes(range(7, 247, 3))))
+    return ImageChops.difference(first, second).getbbox() is not None
+
+
+def _lacks_scans(data: bytes, at: int, end: int, components: int) -> bool:
+    """Whether a component has no scan, or one of the scans that would complete a coefficient is missing."""
+    lacking: dict[tuple[int, int], int] = {}  # (component, coefficient) -> bits that are still to come
+    while 0 <= at < end:
+        count = data[at + 4]
+        first, last, bits = data[at + 5 + 2 * count : at + 8 + 2 * count]
+        for k in range(count):
+            lacking |= dict.fromkeys(((data[at + 5 + 2 * k], i) for i in range(first, last + 1)), bits & 15)
+        at = data.find(b"\xff\xda", at + 2, end)
+    return any(lacking.values()) or sum(i == 0 for _, i in lacking) < components or all(i == 0 for _, i in lacking)
+
+
+def _ends_flat(image: Image.Image) -> bool:
+    """Whether the lower right corner, as far as it is inside the last block of 8 x 8, is of one colour."""
+    left, top = ((n - 1) // 8 * 8 + min(1, (n - 1) % 8) for n in image.size)
+    corner = np.asarray(image.crop((left, top, *image.size)))
+    return bool((corner == corner[0, 0]).all())
+
+
+def _eighth(data: bytes) -> Image.Image:
+    from PIL.JpegImagePlugin import JpegImageFile
+
+    with JpegImageFile(io.BytesIO(data)) as image:
+        image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
+        image.load()
+        return image.copy()
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         return _from_numbers(image)
@@ -106,12 +172,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _from_numbers(image: Image.Image) -> Image.Image:
     """16-bit by 65535 = 255 * 257; other integers and floats, which have no given range, by their own."""
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():  # a NaN anywhere makes both one
         raise BrokenImage("not all values are numbers")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        values = values / 257
-    else:
-        low, high = values.min(), values.max()
-        values = (values - low) * (255 / (high - low or 1))
-    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
+        low, high = 0.0, 65535.0
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(ExifTags.Base.BitsPerSample) == (12,):
+        low, high = 0.0, 4095.0
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # 0 is white
+        low, high = high, low
+    key = image.info.get("transparency") if image.format == "PNG" else None
+    out, rows = np.empty(values.shape, np.uint8), max(1, _BLOCK // values.shape[1])
+    for top in range(0, len(values), rows):  # in parts: eight bytes each of a hundred million would be much
+        part = values[top : top + rows]
+        scaled = (part.astype(np.float64) - low) * (255 / (high - low or 1))
+        out[top : top + rows] = np.rint(scaled).clip(0, 255)
+        if isinstance(key, int):
+            out[top : top + rows][part == key] = 255
+    return Image.fromarray(out).convert("RGB")

@@ -89,7 +89,9 @@ def barrier() -> None:
 
 
 def _store() -> Any:
-    return dist.PrefixStore(f"unlabel/{_generation}", dist.distributed_c10d._get_default_store())
+    return dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
+        f"unlabel/{_generation}", dist.distributed_c10d._get_default_store()
+    )
 
 
 _turns = 0  # how often ``in_turn`` was entered: the same number on every rank

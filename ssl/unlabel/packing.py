@@ -30,13 +30,13 @@ from PIL import Image
 
 from unlabel.decode import BrokenImage, decode, perceptual_hashes
 from unlabel.errors import UserError
-from unlabel.listing import Changed
 from unlabel.sources import Source, cache_root
+from unlabel.stores import Changed
 from unlabel.streaming import Streamed
 
 __all__ = ["Index", "load_or_pack"]
 
-_FORMAT = 1
+_FORMAT = 2  # one more whenever the same file comes to give other pixels, or to be refused
 _BLOCK = 1024  # rows copied at a time
 _INDEX_BYTES = 512  # of the index, per image
 _IN_MEMORY = 1 << 30  # bytes of pixels that are rather held in memory than decoded again and again

@@ -29,20 +29,31 @@ def write_report(folder: Path) -> Path:
     schema.
     """
     results = _read_results(folder)
-    runs = report_charts.read_runs(folder, results)
-    sections = [
-        report_results.head(results),
-        report_results.accuracy(results),
-        report_results.differences(results),
-        report_results.stages(results),
-        report_results.pictures(folder, results),
-        report_origin.pretraining(runs, results),
-        report_origin.cost(results),
-        report_origin.chosen(results),
-        report_origin.reading(results),
-        report_origin.provenance(folder, results, runs),
-    ]
-    return write_page(folder / "report.html", title(results), sections)
+    try:
+        runs = report_charts.read_runs(folder, results)
+        sections = [
+            report_results.head(results),
+            report_results.accuracy(results),
+            report_results.differences(results),
+            report_results.stages(results),
+            report_results.pictures(folder, results),
+            report_origin.pretraining(runs, results),
+            report_origin.cost(results),
+            report_origin.chosen(results),
+            report_origin.reading(results),
+            report_origin.provenance(folder, results, runs),
+        ]
+        heading = title(results)
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # What is missing is left out; a value of another kind, where nobody but a stranger puts one, ends here.
+        detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"{folder / 'results.json'} or a run that it names holds what cannot be shown ({detail}); "
+            "run the command that wrote it again"
+        ) from error
+    return write_page(folder / "report.html", heading, sections)
 
 
 def accuracy_svg(results: dict[str, Any]) -> str:
@@ -58,7 +69,7 @@ def _read_results(folder: Path) -> dict[str, Any]:
         )
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); run the command that wrote it again") from None
     if not isinstance(results, dict) or results.get("schema", 1) != 1:
         raise UserError(f"{path} does not follow schema 1; make the report with the version that wrote it")

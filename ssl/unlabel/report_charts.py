@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def _json(text: str) -> dict[str, Any]:
     """A JSON object, or an empty one where the text is none (such as the last line of a killed run)."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -70,7 +71,7 @@ def read_runs(folder: Path, results: dict[str, Any]) -> list[Run]:
         for entry in entries if isinstance(entries, list) else []:
             name = entry.get("path") if isinstance(entry, dict) else None
             path = folder / str(name)
-            if name and path.is_dir():
+            if name and os.path.isdir(path):  # False, too, for what cannot be a path
                 found.setdefault(path.resolve(), (path.resolve().name, str(arm)))
     for path in sorted(p for p in folder.glob("runs/*") if p.is_dir()):
         found.setdefault(path.resolve(), (path.name, re.sub(r"-seed\d+$", "", path.name)))

@@ -81,7 +81,7 @@ class RunFolder:
                 raise ValueError("finished is not a table")
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise UserError(f"{file} is not a run's config ({error}): choose another --out") from None
         return self.about
 
@@ -129,11 +129,11 @@ class RunFolder:
         if not self.metrics.exists():
             return
         kept = []
-        for line in self.metrics.read_text().splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         write_atomic(self.metrics, "".join(x + "\n" for x in kept).encode())
 

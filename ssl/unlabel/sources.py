@@ -19,8 +19,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from unlabel.errors import UserError
-from unlabel.listing import Entry, Found, list_archive, list_folder, unpacked
+from unlabel.listing import Entry, Found, list_folder, unpacked
 from unlabel.named import DATASETS, SPLITS, cache_root, open_named, own_test_split
+from unlabel.stores import Changed, file_state, is_url
+from unlabel.tar_index import in_parallel, list_archives, list_url, url_matches
 
 __all__ = ["DATASETS", "Source", "available_formats", "cache_root", "open_source", "own_test_split"]
 
@@ -102,8 +104,11 @@ class Source:
                 for i in group:
                     yield i, functools.partial(self.entries[i].load, limit)
                 continue
+            members = list(group)
             with unpacked(path) as stream:
-                for i in group:
+                if self.entries[members[0]].archive != file_state(path):
+                    raise Changed(f"{path} has changed since it was listed")
+                for i in members:
                     stream.seek(self.entries[i].offset)
                     data = stream.read(self.entries[i].size)
                     yield i, functools.partial(bytes, data if limit is None else data[:limit])
@@ -176,9 +181,13 @@ def _list_spec(spec: str) -> Found:
     if os.path.isdir(spec):
         return list_folder(spec)
     if os.path.isfile(spec):
-        if not _ARCHIVE.search(spec):
+        if not _is_archive(spec):
             raise UserError(f"{spec} is one file, not a source; give the folder that holds it, or a .tar")
-        return list_archive(spec)
+        return list_archives([spec])
+    if is_url(spec):
+        if re.search(r"[*{]", spec):  # ? begins the query of a web address, and [ stands around an IPv6 address
+            return list_archives(_expand(spec))
+        return list_archives([spec]) if _is_archive(spec) else list_url(spec)
     name, _, split = spec.partition(":")
     if name in DATASETS:
         if (split or "train") not in SPLITS[name]:
@@ -187,17 +196,15 @@ def _list_spec(spec: str) -> Found:
     if not re.search(r"[*?{\[]", spec):
         names = ", ".join(DATASETS)
         raise UserError(f"there is no file, folder or data set {spec!r}; check the path (data sets: {names})")
-    found = Found()
-    for shard in _expand(spec):
-        part = list_archive(shard)
-        found.entries += part.entries
-        found.skipped += part.skipped
-        found.ignored += part.ignored
-    return found
+    return list_archives(_expand(spec))
+
+
+def _is_archive(path: str) -> bool:
+    return bool(_ARCHIVE.search(path.split("?", 1)[0] if is_url(path) else path))
 
 
 def _expand(pattern: str) -> list[str]:
-    """Archive paths from a pattern with {000..009}, {a,b} and *."""
+    """Archive paths or URLs from a pattern with {000..009}, {a,b} and *."""
 
     def braces(text: str) -> list[str]:
         if not (match := re.search(r"\{([^{}]*)\}", text)):
@@ -212,14 +219,16 @@ def _expand(pattern: str) -> list[str]:
             values = match[1].split(",")
         return [path for v in values for path in braces(text[: match.start()] + v + text[match.end() :])]
 
-    paths, missing = [], []
-    for path in braces(pattern):
-        hits = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+    def matches(path: str) -> list[str]:
+        return [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+
+    paths, missing, wanted = [], [], braces(pattern)
+    for path, hits in zip(wanted, in_parallel(url_matches if is_url(pattern) else matches, wanted), strict=True):
         paths += hits
         missing += [] if hits else [path]
     if missing:
         raise UserError(f"{len(missing)} of {pattern} not found, the first is {missing[0]}; check the pattern")
-    if others := [path for path in paths if not _ARCHIVE.search(path)]:
+    if others := [path for path in paths if not _is_archive(path)]:
         raise UserError(f"{pattern} also stands for {others[0]}, which is no .tar; give the folder instead")
     return list(dict.fromkeys(paths))
 
