@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -136,6 +137,25 @@ def test_a_run_on_other_pixels_or_of_another_version_is_refused(digits_folder: P
     monkeypatch.setattr(Denoising, "predict", lambda self, x: self.other(self.backbone(x).last, x.shape[-1]))
     with pytest.raises(UserError, match="another version of this task"):
         pretrain(config)
+
+
+def test_another_picture_of_the_same_name_and_size_is_refused(digits_folder: Path, tmp_path: Path, monkeypatch):
+    """The fingerprint cannot see it; what the images decode to can, once they are packed anew."""
+    data = tmp_path / "data"
+    shutil.copytree(digits_folder, data)
+    one, other = sorted(data.rglob("*.png"))[:2]
+    for path in (one, other):  # what stands behind the end of a PNG does not count
+        path.write_bytes(path.read_bytes().ljust(2000, b"0"))
+    monkeypatch.setenv("UNLABEL_CACHE", str(tmp_path / "cache"))
+    config = settings(data, tmp_path / "run", "denoising")
+    killed_at(monkeypatch, config, saves=1)
+    shutil.rmtree(tmp_path / "cache")
+    kept = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match="pixels are not"):
+        pretrain(config)
+    one.write_bytes(kept)
+    pretrain(config)
 
 
 def test_run_folder_and_exported_weights(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -313,6 +313,15 @@ def test_a_file_that_changed_since_it_was_listed_is_not_read(tmp_path: Path) -> 
     assert folder.entries[0].load() == TREE[NAMES[0]][::-1]
 
 
+def test_a_compressed_archive_that_changed_since_it_was_listed_is_not_read(tmp_path: Path) -> None:
+    source = open_source(str(make_tar(tmp_path / "x.tar.gz")))
+    assert len(contents(source)) == len(source)
+    make_tar(tmp_path / "x.tar.gz", dict(reversed(TREE.items())))
+    os.utime(tmp_path / "x.tar.gz", (1, 1))
+    with pytest.raises(Changed, match="since it was listed"):
+        contents(source)
+
+
 def test_a_disk_that_fails_is_not_a_damaged_archive(tmp_path: Path, kept: Path, monkeypatch) -> None:
     """Else a shard would be kept as cut off where the network had failed."""
     path = str(make_tar(tmp_path / "x.tar"))
