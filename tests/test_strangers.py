@@ -78,8 +78,11 @@ def test_a_pickle_that_runs_a_command_in_a_finished_run(where: str, finished, tm
 
 
 def test_a_compressed_checkpoint_is_not_unpacked(tmp_path: Path):
-    buffer = io.BytesIO()
-    torch.save({"model": {"w": torch.zeros(1 << 20)}}, buffer)
+    state = {"model": {"w": torch.zeros(1 << 20)}, "optimizers": [], "step": 1, "seconds": 0.0, "phase": 0}
+    checkpoint.save(tmp_path, 1, {**state, "sums": {}, "summed": 0})
+    assert checkpoint.load_newest(tmp_path)
+    whole = (tmp_path / "step-000000001.pt").read_bytes()
+    buffer = io.BytesIO(whole[len(checkpoint._MAGIC) + 32 :])
     packed = io.BytesIO()
     with zipfile.ZipFile(buffer) as plain, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as small:
         for name in plain.namelist():
