@@ -236,12 +236,12 @@ def second_interrupt(play: Play) -> Iterator[Row]:
     time.sleep(play.random.uniform(0.2, 1.0))
     for _ in range(2):
         process.send_signal(signal.SIGINT)
-        time.sleep(0.7)  # two in one call of torch would be one to Python
+        time.sleep(0.1)
     text, _ = process.communicate(timeout=WAIT)
     code = process.returncode
     same, then = ends_like(play, out, *slow, epochs=8)
     good = same and code == 130 and "interrupted" in text and continued(then) == [newest]
-    came = f"exit code {code} at once; continued from the checkpoint before, step {newest}; "
+    came = f"exit code {code} at once; continued from {continued(then)}, the step that was saved before; "
     yield Row("second interrupt", "Ctrl-C twice", came + ("same bytes" if same else "LOST"), good)
 
 

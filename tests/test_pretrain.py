@@ -383,22 +383,44 @@ def test_sigkill_and_sigterm(digits_folder: Path, tmp_path: Path):
     assert a == b
 
 
+@pytest.mark.skipif(os.name == "nt", reason="on Windows the second Ctrl-C waits for the call to end")
+def test_a_second_interrupt_leaves_in_the_middle_of_a_long_call():
+    """Python's own handlers would wait for the call, and take two signals meanwhile for one."""
+    code = "import torch; from unlabel.signals import catch_signals\nwith catch_signals():\n"
+    code += "    print('ready', flush=True); torch.linalg.eig(torch.rand(3000, 3000)); print('over', flush=True)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(2):
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert out == ""
+    assert errors.strip() == "unlabel: interrupted"
+
+
 @pytest.mark.parametrize("tasks", [tuple(t for t in TASKS if t != "stacked"), ("stacked",)])
 def test_two_processes_equal_one_and_continue_its_run(tasks, digits_folder: Path, tmp_path: Path, monkeypatch):
-    """Same global batch, order and draws: after 10 steps the weights agree. LayerNorm, so no batch statistics.
+    """Same global batch, order and draws: after 20 steps the weights agree. LayerNorm, so no batch statistics.
 
     So they do where one process died and two went on.
     """
-    flags = (
-        "--backbone convnext_atto --image-size 32 --epochs 0.5 --batch-size 16 --device cpu --precision fp32".split()
-    )
-    flags += "--optimizer sgd --lr 0.05".split()
+    flags = "--backbone convnext_atto --image-size 32 --epochs 1 --batch-size 16 --device cpu --precision fp32".split()
+    flags += "--optimizer sgd --lr 0.02".split()
     if "rotation" in tasks:
         flags += "--sparse.penalty kl --inpainting.adversarial 0.1".split()
     command = ["pretrain", *tasks, "--data", str(digits_folder), *flags, "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "unlabel"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    own = {"backbone": "convnext_atto", "device": "cpu", "optimizer": "sgd", "lr": 0.05, "precision": "fp32"}
+    own = {
+        "backbone": "convnext_atto",
+        "device": "cpu",
+        "optimizer": "sgd",
+        "lr": 0.02,
+        "precision": "fp32",
+        "epochs": 1,
+    }
     if "rotation" in tasks:
         own |= {"task_settings": {"sparse": {"penalty": "kl"}, "inpainting": {"adversarial": 0.1}}}
     killed_at(monkeypatch, settings(digits_folder, tmp_path / "both", *tasks, **own), saves=1)
@@ -407,7 +429,7 @@ def test_two_processes_equal_one_and_continue_its_run(tasks, digits_folder: Path
             [*torchrun, *command, str(tmp_path / out)], capture_output=True, text=True, env=environment
         )
         assert ran.returncode == 0, ran.stderr[-2000:]
-    assert "continues from step 3 of 10" in ran.stdout
+    assert "continues from step 3 of 20" in ran.stdout
     assert main([*command, str(tmp_path / "one")]) == 0
     save_backbone(build_backbone("convnext_atto", 32, seed=0), tmp_path / "start")
     a, start = (load_file(tmp_path / k / "backbone.safetensors") for k in ("one", "start"))
@@ -415,7 +437,8 @@ def test_two_processes_equal_one_and_continue_its_run(tasks, digits_folder: Path
     assert moved > 1e-3
     for out in ("two", "both"):
         b = load_file(tmp_path / out / "backbone.safetensors")
-        assert max(float((a[k] - b[k]).abs().max()) for k in a) < 0.02 * moved, out
+        apart = max(float((a[k] - b[k]).abs().max()) for k in a)
+        assert apart < 0.02 * moved, (out, apart, moved)
 
 
 def test_weights_that_no_task_reaches_are_frozen_and_named(digits_folder: Path, tmp_path: Path, capsys):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import threading
 import types
 from collections.abc import Iterator
 
@@ -34,7 +36,35 @@ def catch_signals() -> Iterator[list[int]]:
     except ValueError:  # not in the main thread: leave the signals alone
         old = {}
     try:
-        yield caught
+        with _second_interrupt_leaves() if old and os.name != "nt" else contextlib.nullcontext():
+            yield caught
     finally:
         for name, handler in old.items():
             signal.signal(getattr(signal, name), handler)
+
+
+@contextlib.contextmanager
+def _second_interrupt_leaves() -> Iterator[None]:
+    """Python calls its handlers between two of its own instructions only: a second Ctrl-C inside a long call of torch
+    would wait for it, and be one with the first. The numbers of all signals are also written to a pipe, at once."""
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    before = signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        interrupts = 0
+        while numbers := os.read(ours, 64):  # empty once the other end is closed
+            interrupts += numbers.count(signal.SIGINT)
+            if interrupts > 1:
+                os.write(2, b"\nunlabel: interrupted\n")
+                os._exit(128 + signal.SIGINT)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(theirs)
+        thread.join()
+        os.close(ours)
