@@ -15,6 +15,7 @@ from unlabel.backbone import Backbone
 from unlabel.cache import Pixels
 from unlabel.errors import UserError
 from unlabel.runfolder import RunFolder
+from unlabel.start import refuse_addresses
 
 __all__ = ["Code", "Load", "Trained", "data_of", "device_of"]
 
@@ -48,6 +49,7 @@ def data_of(run: Path) -> tuple[str, ...]:
     spec = (RunFolder(run).read() or {}).get("data", {}).get("spec")
     if not spec:
         raise UserError(f"{run} does not name its images: give them")
+    refuse_addresses(spec)
     return tuple(spec)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pretext.task import Batch, PretextTask, Recipe
 from unlabel.augment import colour_jitter
 from unlabel.backbone import Backbone
+from unlabel.errors import UserError
 
 __all__ = ["Rotation", "four_rotations"]
 
@@ -64,6 +65,8 @@ class Rotation(PretextTask):
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
         super().__init__(backbone, config)
+        if config.blocks < 0 or not 0 <= config.jitter <= 1 or not 0 <= config.grey <= 1:
+            raise UserError("--rotation.blocks is from 0, --rotation.jitter and .grey are from 0 to 1")
         self.blocks = nn.Sequential(*(residual_block(backbone) for _ in range(config.blocks)))
         self.classifier = nn.Linear(backbone.channels, 4)
 

@@ -74,7 +74,7 @@ class Stacked(PretextTask):
         super().__init__(backbone, config)
         if config.noise not in ("masking", "gaussian", "none"):
             raise UserError(f"unknown --stacked.noise {config.noise!r}: masking, gaussian or none")
-        if config.level < 0 or (config.noise == "masking" and config.level >= 1):
+        if not config.level >= 0 or (config.noise == "masking" and config.level >= 1):
             raise UserError(f"--stacked.level {config.level}: from 0; of masking below 1")
         self.stage_of = parameter_stages(backbone)
         self.cuts, sides = _cuts(backbone)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pretext.rotation import four_rotations, residual_block
 from pretext.task import Batch, PretextTask, Recipe
 from unlabel.backbone import Backbone
+from unlabel.errors import UserError
 
 __all__ = ["Transformations", "moved"]
 
@@ -55,6 +56,8 @@ class Transformations(PretextTask):
 
     def __init__(self, backbone: Backbone, config: Config) -> None:
         super().__init__(backbone, config)
+        if config.blocks < 0:
+            raise UserError("--transformations.blocks is from 0")
         self.blocks = nn.Sequential(*(residual_block(backbone) for _ in range(config.blocks)))
         self.classifier = nn.Linear(backbone.channels, 4 * KINDS)
 

@@ -7,7 +7,10 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -47,8 +50,6 @@ def finished(digits_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 
 @pytest.mark.parametrize("where", ["checkpoint", "backbone", "all"])
 def test_a_pickle_that_runs_a_command_in_a_finished_run(where: str, finished, tmp_path: Path, capsys):
-    import shutil
-
     command, original = finished
     out = tmp_path / "run"
     shutil.copytree(original, out)
@@ -151,6 +152,11 @@ def test_weights_that_claim_more_than_they_hold(tmp_path: Path):
         {"data": 5},
         {"finished": {"x": 1}},
         {"fingerprint": 3},
+        {"settings": {"seed": "abc"}},
+        {"settings": {"tasks": [1, 2]}},
+        {"settings": {"backbone": ["x"]}},
+        {"data": {"spec": [None, 3]}},
+        {"finished": {"backbone_sha256": "x", "steps": 1, "images_seen": "a", "seconds": 1.0}},
     ],
 )
 def test_a_config_that_somebody_has_edited(changes, digits_folder: Path, tmp_path: Path):
@@ -164,3 +170,59 @@ def test_a_config_that_somebody_has_edited(changes, digits_folder: Path, tmp_pat
     (tmp_path / "config.json").write_text(json.dumps(about | new))
     with pytest.raises(UserError, match="config"):
         pretrain(config)
+
+
+def test_addresses_in_a_strangers_config_are_not_opened(finished, digits_folder: Path, tmp_path: Path, monkeypatch):
+    command, original = finished
+    out = tmp_path / "run"
+    shutil.copytree(original, out)
+    opened: list[str] = []
+    monkeypatch.setattr("unlabel.stores.filesystem", lambda url: opened.append(url))
+    monkeypatch.setattr("unlabel.tar_index.filesystem", lambda url: opened.append(url))
+    about = json.loads((out / "config.json").read_text())
+    for spec in ("http://127.0.0.1:9/secret.tar", "simplecache::s3://x/y.tar", "{0..9}.tar", "/etc/*.tar"):
+        about["data"]["spec"] = [spec]
+        (out / "config.json").write_text(json.dumps(about))
+        given = ["--train", command[3], "--protocol", "knn", "--labels-per-class", "1", "--draws", "1", "--no-controls"]
+        assert main(["evaluate", str(out), *given, "--device", "cpu", "--out", str(tmp_path / "evaluation")]) == 0
+        notes = json.loads((tmp_path / "evaluation" / "results.json").read_text())["provenance"]["warnings"]
+        assert any("are not followed" in note for note in notes), notes
+    assert not opened
+
+
+def test_weights_of_another_run_are_not_evaluated(finished, tmp_path: Path, capsys):
+    command, original = finished
+    out = tmp_path / "run"
+    shutil.copytree(original, out)
+    save_backbone(build_backbone("small", 32, seed=5), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "backbone.safetensors", out)
+    assert main(["evaluate", str(out), "--train", command[3], "--out", str(tmp_path / "evaluation")]) == 2
+    assert "checksum" in capsys.readouterr().err
+
+
+def test_links_in_a_strangers_folder_are_not_written_through(finished, tmp_path: Path):
+    command, _ = finished
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run").mkdir()
+    for name in ("skipped.txt", "metrics.jsonl", "backbone.json", "backbone.safetensors"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+    assert main([*command[:-1], str(tmp_path / "run")]) == 0
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell's pipes")
+def test_work_is_not_lost_with_its_output(digits_folder: Path, tmp_path: Path):
+    """Nobody reads what is said, or there is no room for it: the run goes on."""
+    flags = f"--data {digits_folder} --image-size 32 --epochs 0.1 --batch-size 16 --device cpu"
+    for name, where in (("pipe", "| true"), ("full", "> /dev/full"), ("closed", ">&- 2>&-")):
+        if name == "full" and not Path("/dev/full").exists():
+            continue
+        line = (
+            f"{{ {sys.executable} -m unlabel pretrain rotation {flags} --out {tmp_path / name}; echo $? >&3; }} {where}"
+        )
+        done = subprocess.run(
+            ["bash", "-c", f"exec 3> {tmp_path / 'code'}; {line}"], env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        )
+        assert (tmp_path / "code").read_text() == "0\n", name
+        assert (tmp_path / name / "backbone.safetensors").exists(), name
+        assert done.returncode == 0

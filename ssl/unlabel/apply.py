@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ __all__ = ["embed", "export", "safe_cell", "write_embedding"]
 def safe_cell(text: str) -> str:
     """A name as a CSV cell that no spreadsheet takes for a formula: with ' before it, but for plain numbers."""
     text = printable(text)
-    risky = text[:1] in ("=", "+", "-", "@") and not re.fullmatch(r"[+-]\d*\.?\d*", text)
+    first = unicodedata.normalize("NFKC", text).lstrip()[:1]  # spreadsheets also know other widths, and skip spaces
+    risky = first in ("=", "+", "-", "@") and not re.fullmatch(r"[+-]\d*\.?\d*", text)
     return "'" + text if risky else text
 
 
@@ -87,10 +88,10 @@ def export(run: Path, to: Path) -> Path:
     backbone = load_backbone(run)
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.suffix == ".safetensors":
-        if to.resolve() == (run / "backbone.safetensors").resolve():
-            raise UserError(f"--to {to} is the run's own file: name another")
-        shutil.copyfile(run / "backbone.safetensors", to)
-        shutil.copyfile(run / "backbone.json", to.with_suffix(".json"))
+        if (to.parent / "config.json").exists():
+            raise UserError(f"--to {to}: {to.parent} is a run folder; choose another folder")
+        write_atomic(to, (run / "backbone.safetensors").read_bytes())
+        write_atomic(to.with_suffix(".json"), (run / "backbone.json").read_bytes())
         spec = backbone.spec
         if backbone.changed:
             print(f"{to}: the stem is not timm's, so `unlabel.load_backbone` loads this and plain timm refuses it")

@@ -1,6 +1,7 @@
 """Every image of a source as square uint8 pixels, with what is known about it: name, label, hashes, shape."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,6 +129,8 @@ def load_cache(
     Raises TooManyBroken, after looking at every image, if more than the fraction `max_skipped` cannot be read, and
     UserError if the cache folder cannot be written.
     """
+    if not 0 <= max_skipped <= 1:
+        raise UserError(f"--max-skipped {max_skipped}: a share of the images, from 0 to 1")
     side = cache_side(image_size, source.short_side())
     index, images = load_or_pack(source, side, workers=workers, progress=progress, write=write)
     skipped = sorted(source.skipped + index.skipped)
@@ -156,7 +159,9 @@ def load_cache(
 def write_skipped(path: Path, skipped: Iterable[tuple[str, str]]) -> None:
     """One line per skipped file, sorted: name, tab, reason."""
     lines = sorted(f"{printable(name)}\t{printable(reason)}\n" for name, reason in skipped)
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
+    os.replace(temporary, path)  # also where a link stood: what it points to stays as it is
 
 
 def printable(text: str) -> str:

@@ -104,7 +104,9 @@ def lock(folder: Path):
     """One process at a time writes a run folder. The operating system drops the lock when the process dies."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file: IO[bytes] = (folder / ".lock").open("ab")
+        if (place := folder / ".lock").exists() and not place.is_file():
+            raise UserError(f"{place} is no file: choose another --out")
+        file: IO[bytes] = place.open("ab")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
     try:
@@ -120,6 +122,8 @@ def lock(folder: Path):
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another run is writing to {folder}: wait for it, or choose another --out") from None
+        for stale in folder.glob(".*.tmp"):  # left by a process that was killed while writing
+            stale.unlink(missing_ok=True)
         yield
     finally:
         file.close()

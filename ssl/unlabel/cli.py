@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -256,20 +257,61 @@ def _help(cls: type[Any], command: str, rest: Sequence[str], tasks: Sequence[str
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 2 for what a person can put right, 128 + n after signal n."""
+    sys.stdout, sys.stderr = said = (Output(sys.stdout), Output(sys.stderr))
     try:
-        return run(list(sys.argv[1:] if argv is None else argv))
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        sys.stdout, sys.stderr = (output.stream for output in said)  # type: ignore[assignment]
+
+
+class Output:
+    """Standard output or error, for which no work is lost: where nobody reads it, what is said goes nowhere."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream or open(os.devnull, "w")  # None: closed by whoever started this  # noqa: SIM115
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError as error:
+            self.stream.write(text.encode(error.encoding, "replace").decode(error.encoding))
+        except OSError:
+            self._to_nowhere()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self._to_nowhere()
+
+    def _to_nowhere(self) -> None:
+        """A closed pipe, a full disk: also what Python still holds for it, when it ends."""
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def _main(argv: list[str]) -> int:
+    try:
+        if "" in argv:
+            raise UserError("an argument is empty: is a variable not set?")
+        return run(argv)
     except UserError as error:
         print(f"unlabel: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("unlabel: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 0
     except OSError as error:  # a full disk, a folder that may not be written, a file that is a folder
         print(f"unlabel: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 2
     except Exception as error:
+        if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
+            print("unlabel: not enough memory: smaller images, batches or networks need less", file=sys.stderr)
+            return 2
         # They live beside torch's loop: recognised by name, so that errors here stay quick.
         code = getattr(error, "code", None)
         if type(error).__name__ not in ("Stopped", "RankLost") or not isinstance(code, int):

@@ -32,7 +32,7 @@ from unlabel.plan import EPOCHS, check_settings
 from unlabel.pretrain import pretrain
 from unlabel.runfolder import RunFolder, commit, hardware, versions
 from unlabel.sources import open_source
-from unlabel.start import with_excluded
+from unlabel.start import refuse_addresses, refuse_out_inside_data, with_excluded
 
 __all__ = ["compare", "evaluate"]
 
@@ -48,11 +48,14 @@ def label_counts(config: FewLabels, y: np.ndarray) -> tuple[ev.Count, ...]:
     for text in dict.fromkeys(config.labels_per_class):
         if text == "all":
             continue
-        if not text.isdigit() or int(text) < 1:
-            raise UserError(f"--labels-per-class {text}: give whole numbers above zero, or `all`")
+        if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0):
+            raise UserError(f"--labels-per-class {text[:40]}: give whole numbers above zero, or `all`")
         counts.append(int(text))
     numbers = sorted({c for c in counts if c != "all"})
     return (*numbers, *(["all"] if "all" in config.labels_per_class else []))  # type: ignore[return-value]
+
+
+MOST = 10_000  # draws, or seeds
 
 
 # ---- The two commands
@@ -64,6 +67,9 @@ def evaluate(config: EvaluateConfig) -> Path:
     about = run.read() or {}
     spec = load_backbone(config.run).spec
     out = config.out or config.run / "evaluation"
+    refuse_out_inside_data(out, (config.train, config.test))
+    if about:
+        run.finished()  # an error where the weights are not those that the run wrote
     pretraining, note = pretraining_images(config.run, about, spec.image_size)
     split = split_data(config, spec.image_size, pretraining)
     if note:
@@ -82,6 +88,7 @@ def evaluate(config: EvaluateConfig) -> Path:
 def compare(config: CompareConfig) -> Path:
     """`unlabel compare`: pretrain × tasks, evaluate, report. Finished runs and cells are not done again."""
     _check_settings(config)
+    refuse_out_inside_data(config.out, (*config.data, config.train, config.test))
     source = open_source(config.data)
     image_size = config.image_size or min(224, max(32, source.median_short_side()))
     _check_tasks(config, image_size)
@@ -117,7 +124,10 @@ def _finished_runs(
     arms, others, notes = [], {}, []
     for folder in folders:
         load_backbone(folder)
-        about = RunFolder(folder).read() or {}
+        run = RunFolder(folder)
+        about = run.read() or {}
+        if about:
+            run.finished()
         arms.append(ev.Arm(folder.resolve().name, "backbone", (_seed(about),), (folder,)))
         images, note = pretraining_images(folder, about, image_size)
         if note:
@@ -144,8 +154,8 @@ def _pretrain_config(config: CompareConfig, name: str, seed: int, out: Path, ima
 
 def _check_settings(config: CompareConfig) -> None:
     """Mistakes that would otherwise show after an hour of pretraining."""
-    if config.seeds < 1 or config.draws < 1:
-        raise UserError("--seeds and --draws must be at least 1")
+    if not 1 <= config.seeds <= MOST or not 1 <= config.draws <= MOST:
+        raise UserError(f"--seeds and --draws are from 1 to {MOST:,}")
     for name in config.tasks:
         one = _pretrain_config(config, name, config.seed, config.out, config.image_size)
         check_settings(one, {task: load_task(task) for task in one.tasks}, (1.0,) * len(one.tasks))
@@ -177,9 +187,10 @@ def pretraining_images(run: Path, about: dict[str, Any], image_size: int) -> tup
     try:
         if not spec:
             raise UserError("the run does not name its data")
+        refuse_addresses(spec)
         source = open_source(spec)
         excluded = RunFolder(run).excluded
-        gone = frozenset(excluded.read_text().split()) if excluded.exists() else frozenset()
+        gone = frozenset(excluded.read_text(errors="replace").split()) if excluded.exists() else frozenset()
         if with_excluded(source.fingerprint, gone) != about.get("fingerprint"):
             raise UserError(f"{source.spec} has changed since")
         cache = load_cache(source, image_size, max_skipped=1.0)
@@ -202,6 +213,10 @@ def _arm_name(run: Path, about: dict[str, Any]) -> str:
 def _table(
     config: FewLabels, split: Split, backbone: tuple[str, str], image_size: int, out: Path, flip: bool = True
 ) -> ev.Table:
+    if not 1 <= config.draws <= MOST:
+        raise UserError(f"--draws {config.draws}: from 1 to {MOST:,}")
+    if not config.protocol or config.labels_per_class == ():
+        raise UserError("--protocol and --labels-per-class want a value, or leave them out")
     if config.top_layers is not None and config.top_layers < 1:
         raise UserError(f"--top-layers {config.top_layers}: train at least one stage")
     counts = label_counts(config, split.pool.y)

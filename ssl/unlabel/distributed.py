@@ -38,7 +38,12 @@ def start(device: torch.device, minutes: float = 30.0) -> None:
     ``minutes``: after which a process that waits for another one in a step gives up.
     """
     global _generation
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    named = {k: os.environ.get(k, default) for k, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))}
+    if bad := [k for k, v in named.items() if not v.isdecimal()]:
+        raise UserError(f"{bad[0]} is {named[bad[0]]!r} in the environment: start several processes with torchrun")
+    if int(named["WORLD_SIZE"]) > 1 and "RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set in the environment and RANK is not: start several processes with torchrun")
+    if int(named["WORLD_SIZE"]) > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backend, timeout=timedelta(minutes=minutes))

@@ -45,9 +45,10 @@ def not_finite(step: int, values: dict[str, Tensor], run: RunFolder) -> str:
     bad = [k for k, v in values.items() if not bool(torch.isfinite(v).all())]
     what = ", ".join(bad) or "a weight"
     last = max((p.name for p in run.checkpoints.glob("step-*.pt")), default="none")
+    start = f" (--init {run.path} starts from that checkpoint)" if last != "none" else ""
     return (
         f"{what} is not finite near step {step} (last good checkpoint: {last}): try a lower --lr or --precision fp32, "
-        f"in another --out (--init {run.path} starts from that checkpoint)"
+        f"in another --out{start}"
     )
 
 

@@ -42,13 +42,16 @@ def own_test_split(spec: str) -> str | None:
 
 def cache_root() -> Path:
     """$UNLABEL_CACHE, else this program's folder in the user's cache folder. Need not exist yet."""
-    if own := os.environ.get("UNLABEL_CACHE"):
-        return Path(own)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "unlabel"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "unlabel"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unlabel"
+    try:
+        if own := os.environ.get("UNLABEL_CACHE"):
+            return Path(own).expanduser()
+        if sys.platform == "win32":
+            return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "unlabel"
+        if sys.platform == "darwin":
+            return Path.home() / "Library" / "Caches" / "unlabel"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unlabel"
+    except RuntimeError:  # a user without a home
+        raise UserError("there is no home folder for the image cache: set UNLABEL_CACHE to a folder") from None
 
 
 def open_named(name: str, split: str) -> Found:

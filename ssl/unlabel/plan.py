@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EPOCHS", "Plan", "check_settings", "freeze_unused", "make_plan", "measure"]
 
+MOST_OF = (65_536, 64)  # any number of a task; blocks
+MOST_STEPS, MOST_IMAGES, MOST_RATE = 10**12, 1 << 20, 1e6  # in a run; in a step; peak of the learning rate
 EPOCHS = 20.0  # where neither --epochs nor --minutes is given
 MEASURE_SECONDS = 5.0
 
@@ -46,6 +48,16 @@ class Plan:
 
 
 def check_settings(config: PretrainConfig, classes: dict[str, Any], weights: Sequence[float]) -> None:
+    """Raises UserError for numbers that make no sense, before anything is spent."""
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+        raise UserError(f"--weights {' '.join(f'{w:g}' for w in weights)}: from 0, and not all of them 0")
+    if not 0 <= config.seed < 1 << 63:
+        raise UserError(f"--seed {config.seed}: a whole number from 0, below 2**63")
+    for task, own in config.task_settings.items():
+        for key, value in own.items():
+            for v in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(v, int | float) and not abs(v) <= MOST_OF[key == "blocks"]:  # also false for NaN
+                    raise UserError(f"--{task}.{key.replace('_', '-')} {v}: at most {MOST_OF[key == 'blocks']:,}")
     if len(classes) != len(config.tasks):
         raise UserError(f"a task is named twice: {' '.join(config.tasks)}")
     if len(weights) != len(classes):
@@ -62,6 +74,8 @@ def check_settings(config: PretrainConfig, classes: dict[str, Any], weights: Seq
         if low or (value is not None and not math.isfinite(value)):
             least = "above" if name in positive else "from"
             raise UserError(f"--{name.replace('_', '-')} {value}: give a number {least} 0")
+    if (config.lr or 0) > MOST_RATE or (config.batch_size or 0) > MOST_IMAGES:
+        raise UserError(f"--lr is at most {MOST_RATE:g}, --batch-size at most {MOST_IMAGES:,}")
     if config.warmup >= 1:
         raise UserError(f"--warmup {config.warmup}: a share of the steps, below 1")
     if config.crop is not None and not 0 < config.crop[0] <= config.crop[1] <= 1:
@@ -100,12 +114,18 @@ def make_plan(
     if about is not None:
         return plan
     epochs = config.epochs if config.epochs is not None else EPOCHS
+    if plan.batch_size > max(1024, 64 * n):
+        raise UserError(
+            f"a batch of {plan.batch_size:,} shows each of the {n:,} images dozens of times: set --batch-size"
+        )
+    if epochs * n / plan.batch_size > MOST_STEPS or (config.minutes or 0) > MOST_STEPS:
+        raise UserError("--epochs or --minutes: more than anybody can wait for")
     steps = steps_for(epochs, n, plan.batch_size)
     per_step = config.accumulate * measure(model, plan, batch_of, 12 if config.minutes is not None else 4)
     if config.minutes is not None:
         steps = max(1, int(config.minutes * 60 / per_step))
     if distributed.is_main():
-        print(f"cost: {steps} steps of {per_step:.2f} s, about {steps * per_step / 60:.1f} minutes")
+        print(f"cost: {steps} steps of {per_step:.2f} s, about {steps * per_step / 60:.1f} minutes", flush=True)
     return replace(plan, steps=steps)
 
 

@@ -93,7 +93,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     check_settings(config, classes, weights)
     run = RunFolder(config.out)
     about = run.read()
-    refuse_out_inside_data(config)
+    refuse_out_inside_data(config.out, config.data)
 
     # ---- 2. The data, decoded once into the packed cache
     with distributed.in_turn():  # a named set may have to be downloaded

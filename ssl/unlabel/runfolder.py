@@ -18,6 +18,8 @@ from unlabel.errors import UserError
 
 __all__ = ["RunFolder", "hardware", "versions"]
 
+_LARGEST = 64 << 20  # bytes of a config.json
+
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
@@ -56,6 +58,26 @@ def commit() -> str | None:
         return None
 
 
+def _refuse_nonsense(about: Any) -> None:
+    """ValueError or TypeError where config.json is not what a run writes: edited, or a stranger's."""
+    kinds = {"settings": dict, "resolved": dict, "fingerprint": str}
+    if not isinstance(about, dict) or any(not isinstance(about.get(k), v) for k, v in kinds.items()):
+        raise ValueError("settings are missing")
+    asked, data, done = about["settings"], about.get("data", {}), about.get("finished") or {}
+    if not isinstance(data, dict) or not isinstance(done, dict):
+        raise ValueError("data and finished are tables")
+    words = [asked.get("tasks", []), data.get("spec", []), data.get("shown_as", [])]
+    if not all(isinstance(w, list) and all(isinstance(v, str) for v in w) for w in words):
+        raise ValueError("tasks and data are lists of names")
+    if not isinstance(asked.get("backbone", ""), str) or not isinstance(asked.get("seed", 0), int):
+        raise ValueError("backbone is a name, seed a whole number")
+    if done and not isinstance(done["backbone_sha256"], str):
+        raise ValueError("finished has no checksum")
+    numbers = [done[k] for k in ("steps", "images_seen", "seconds")] if done else []
+    if not all(isinstance(v, int | float) and 0 <= v < 1e15 for v in numbers):
+        raise ValueError("finished holds no numbers")
+
+
 class RunFolder:
     """Paths and small files of one run; the checkpoints themselves are unlabel.checkpoint's."""
 
@@ -71,14 +93,10 @@ class RunFolder:
         """config.json, or None where the run has not begun."""
         file = self.path / "config.json"
         try:
-            self.about = json.loads(file.read_text())
-            kinds = {"settings": dict, "resolved": dict, "fingerprint": str}
-            if not isinstance(self.about, dict) or any(not isinstance(self.about.get(k), v) for k, v in kinds.items()):
-                raise ValueError("settings are missing")
-            if not isinstance(self.about.get("data", {}), dict):
-                raise ValueError("data is not a table")
-            if not isinstance((self.about.get("finished") or {"backbone_sha256": ""})["backbone_sha256"], str):
-                raise ValueError("finished is not a table")
+            if file.exists() and (not file.is_file() or file.stat().st_size > _LARGEST):
+                raise ValueError("no file, or too large")
+            self.about = json.loads(file.read_text("utf-8", "surrogateescape"))  # as it is written
+            _refuse_nonsense(self.about)
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:

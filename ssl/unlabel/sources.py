@@ -31,6 +31,8 @@ _FORMATS = ["JPEG", "PNG", "GIF", "BMP", "DIB", "TIFF", "WEBP", "PPM", "JPEG2000
 _ARCHIVE = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 _HEAD_BYTES = 1 << 18  # the header of any common image, even behind a colour profile and a thumbnail
 _SAMPLE = 200
+_MOST_SHARDS = 100_000  # that a pattern may stand for
+_MOST_LABELS = 1 << 28  # bytes of a CSV of labels
 
 
 class Source:
@@ -213,11 +215,18 @@ def _expand(pattern: str) -> list[str]:
             low, high = int(numbers[1]), int(numbers[2])
             if high < low:
                 raise UserError(f"{{{match[1]}}} in {pattern} counts down; write the smaller number first")
+            if len(numbers[2]) > 9 or high - low >= _MOST_SHARDS:
+                raise UserError(f"{{{match[1]}}} in {pattern[:100]} stands for more than {_MOST_SHARDS:,} archives")
             width = len(numbers[1]) if len(numbers[1]) == len(numbers[2]) or numbers[1].startswith("0") else 0
             values = [str(i).zfill(width) for i in range(low, high + 1)]
         else:
             values = match[1].split(",")
-        return [path for v in values for path in braces(text[: match.start()] + v + text[match.end() :])]
+        found: list[str] = []
+        for value in values:
+            found += braces(text[: match.start()] + value + text[match.end() :])
+            if len(found) > _MOST_SHARDS:
+                raise UserError(f"{pattern[:100]} stands for more than {_MOST_SHARDS:,} archives")
+        return found
 
     def matches(path: str) -> list[str]:
         return [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
@@ -239,12 +248,19 @@ def read_labels(path: Path, names: Sequence[str], elsewhere: Sequence[str] = ())
     Rows whose name is one of `elsewhere` (or a file name there) and not of this source are left out.
     """
     try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > _MOST_LABELS):
+            raise OSError("no file, or too large")
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the labels in {path} ({error}); give a CSV file in UTF-8") from None
     first = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=first.count)  # spreadsheets write semicolons where the comma is decimal
-    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), delimiter=delimiter)]
+    try:  # not by splitlines(), which also knows lines that end inside a name
+        rows = [
+            [cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        ]
+    except csv.Error as error:
+        raise UserError(f"cannot read the labels in {path} ({error}); each row is name,label") from None
     rows = [row for row in rows if any(row)]
     name_at, label_at = 0, 1
     if rows:
@@ -262,7 +278,7 @@ def read_labels(path: Path, names: Sequence[str], elsewhere: Sequence[str] = ())
     other = {*elsewhere, *(name.rsplit("/", 1)[-1] for name in elsewhere)}
     for row in rows:
         if len(row) <= max(name_at, label_at):
-            raise UserError(f"{path} has a row without a label column: {row}; each row is name,label")
+            raise UserError(f"{path} has a row without a label column: {str(row)[:100]}; each row is name,label")
         name, label = row[name_at].replace("\\", "/").removeprefix("./"), row[label_at]
         if not label:
             continue  # not labelled yet

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,21 @@ from unlabel.errors import UserError
 from unlabel.runfolder import RunFolder
 
 __all__ = ["content_of", "init_of", "load_images", "load_weights_of", "newest_state", "refuse_other_content"]
-__all__ += ["refuse_other_side", "refuse_out_inside_data", "start_from", "with_excluded"]
+__all__ += ["refuse_addresses", "refuse_other_side", "refuse_out_inside_data", "start_from", "with_excluded"]
 
 
-def refuse_out_inside_data(config: PretrainConfig) -> None:
-    out = config.out.resolve()
-    for spec in config.data:
-        if os.path.isdir(spec) and out.is_relative_to(Path(spec).resolve()):
-            raise UserError(f"--out {out} lies inside --data {spec}: its previews would count as images")
+def refuse_out_inside_data(out: Path, specs: Sequence[str | None]) -> None:
+    """What is written there would count as images the next time."""
+    out = out.resolve()
+    for spec in specs:
+        if spec and os.path.isdir(spec) and out.is_relative_to(Path(spec).resolve()):
+            raise UserError(f"--out {out} lies inside {spec}: its pictures would count as images")
+
+
+def refuse_addresses(spec: Sequence[str]) -> None:
+    """What a run's config.json names is opened to look at its images; a stranger's must not choose addresses."""
+    if strange := [s for s in spec if re.search(r"://|[*?{\[]", s) and not os.path.exists(s)]:
+        raise UserError(f"config.json names {strange[0][:100]!r}, and addresses and patterns there are not followed")
 
 
 def newest_state(run: RunFolder, about: dict[str, Any] | None) -> dict[str, Any] | None:
