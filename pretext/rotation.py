@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.resnet import BasicBlock
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from pretext.task import Batch, PretextTask, Recipe
@@ -23,6 +23,8 @@ from unlabel.backbone import Backbone
 from unlabel.errors import UserError
 
 __all__ = ["Rotation", "four_rotations"]
+
+WIDE = 512  # channels
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,9 @@ def four_rotations(images: Tensor) -> tuple[Tensor, Tensor]:
     return views, labels
 
 
-def residual_block(backbone: Backbone) -> BasicBlock:
-    """A basic block of stride 2: what would be the network's next stage, at a quarter of its cost.
+def residual_block(backbone: Backbone) -> BasicBlock | Bottleneck:
+    """A block of stride 2: what would be the network's next stage, at a quarter of its cost. Of wide networks a
+    bottleneck: for a ResNet-50, two 3×3 convolutions of 2,048 channels would be three times the network's weights.
 
     With BatchNorm where the network has it. One without knows no batch, so that two processes equal one: so here.
     """
@@ -54,6 +57,8 @@ def residual_block(backbone: Backbone) -> BasicBlock:
     has_batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
     norm: Any = nn.BatchNorm2d if has_batchnorm else partial(nn.GroupNorm, math.gcd(8, channels))
     shortcut = nn.Sequential(nn.Conv2d(channels, channels, 1, stride=2, bias=False), norm(channels))
+    if channels > WIDE:
+        return Bottleneck(channels, channels // 4, stride=2, downsample=shortcut, norm_layer=norm)
     return BasicBlock(channels, channels, stride=2, downsample=shortcut, norm_layer=norm)
 
 

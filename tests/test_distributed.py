@@ -155,3 +155,11 @@ def test_the_head_of_a_network_without_batchnorm_has_none():
     for name, want in (("convnext_atto", False), ("small", True)):
         block = residual_block(build_backbone(name, 32))
         assert any(isinstance(m, torch.nn.BatchNorm2d) for m in block.modules()) is want
+
+
+def test_the_head_of_a_wide_network_is_smaller_than_the_network():
+    backbone = build_backbone("resnet50", 64)
+    block = residual_block(backbone)
+    assert block(torch.rand(2, 2048, 4, 4)).shape == (2, 2048, 2, 2)
+    heads, weights = (sum(p.numel() for p in module.parameters()) for module in (block, backbone))
+    assert heads < weights / 2
