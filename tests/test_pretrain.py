@@ -319,7 +319,7 @@ def test_a_task_that_grows_is_continued_exactly(saves: int, digits_folder: Path,
 
 def test_a_run_that_diverges_stops_and_saves_nothing_of_it(digits_folder: Path, tmp_path: Path):
     """The first step's loss is still finite, its weights are not: they must not become a checkpoint."""
-    more = {"optimizer": "sgd", "lr": 1e20, "weight_decay": 1e30, "clip": 0.0, "warmup": 0.0, "checkpoint_every": 1}
+    more = {"optimizer": "sgd", "lr": 1e6, "weight_decay": 1e38, "clip": 0.0, "warmup": 0.0, "checkpoint_every": 1}
     with pytest.raises(UserError, match="finite"):
         pretrain(settings(digits_folder, tmp_path, "rotation", **more))
     assert not list((tmp_path / "checkpoints").glob("*.pt"))
@@ -327,7 +327,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(digits_folder: Path, 
 
 
 def test_out_inside_data_is_refused(digits_folder: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="lies inside --data"):
+    with pytest.raises(UserError, match="lies inside"):
         pretrain(settings(digits_folder, digits_folder / "runs" / "a", "rotation"))
 
 
@@ -420,21 +420,15 @@ def test_two_processes_equal_one_and_continue_its_run(tasks, digits_folder: Path
 
     So they do where one process died and two went on.
     """
-    flags = "--backbone convnext_atto --image-size 32 --epochs 1 --batch-size 16 --device cpu --precision fp32".split()
+    flags = "--backbone convnext_atto --image-size 32 --epochs 0.5 --batch-size 8 --device cpu --precision fp32".split()
     flags += "--optimizer sgd --lr 0.02".split()
     if "rotation" in tasks:
         flags += "--sparse.penalty kl --inpainting.adversarial 0.1".split()
     command = ["pretrain", *tasks, "--data", str(digits_folder), *flags, "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "unlabel"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    own = {
-        "backbone": "convnext_atto",
-        "device": "cpu",
-        "optimizer": "sgd",
-        "lr": 0.02,
-        "precision": "fp32",
-        "epochs": 1,
-    }
+    own = {"backbone": "convnext_atto", "device": "cpu", "optimizer": "sgd", "lr": 0.02, "precision": "fp32"}
+    own["batch_size"] = 8
     if "rotation" in tasks:
         own |= {"task_settings": {"sparse": {"penalty": "kl"}, "inpainting": {"adversarial": 0.1}}}
     killed_at(monkeypatch, settings(digits_folder, tmp_path / "both", *tasks, **own), saves=1)
