@@ -135,7 +135,7 @@ def anomalies(config: AnomaliesConfig, load: Load) -> Path:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["name", *scores, *(["anomaly"] if strange is not None else [])])
     for k in order:
-        row = [safe_cell(test.names[k]), *(f"{s[k]:.6g}" for s in scores.values())]
+        row = [safe_cell(test.names[int(k)]), *(f"{s[k]:.6g}" for s in scores.values())]
         writer.writerow([*row, *([int(strange[k])] if strange is not None else [])])
     write_atomic(out / "anomalies.csv", text.getvalue().encode("utf-8", "replace"))
     ends = order[:SHOWN], order[-SHOWN:]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from downstream import finetune as ft
+from downstream import label_free as lf
 from downstream.evaluate import STATISTICS_IMAGES, Arm, Table
 from unlabel.backbone import build_backbone, channels_last
 from unlabel.precision import autocast, pick_precision
@@ -16,8 +17,11 @@ from unlabel.precision import autocast, pick_precision
 __all__ = ["print_cost"]
 
 
-def print_cost(table: Table, arms: Sequence[Arm]) -> None:
-    """Image passes for features and for fine-tuning, at a speed that is measured here; fits of probes, counted."""
+def print_cost(table: Table, arms: Sequence[Arm], label_free: bool = False) -> None:
+    """Image passes for features and for fine-tuning, at a speed that is measured here; fits of probes, counted.
+
+    ``label_free``: also those for the scores that need no labels.
+    """
     known = f"; what is already in {table.out / 'cells'} is not done again" if (table.out / "cells").exists() else ""
     plan, networks, fits, passes, work = list(table.plan()), 0, 0, 0, 0.0
     smaller = (table.image_size / ft.view_size(table.image_size)) ** 2  # work of a view that is not larger
@@ -34,16 +38,22 @@ def print_cost(table: Table, arms: Sequence[Arm]) -> None:
                 seen = len(arm.seeds) * p.steps * min(p.batch_size, n)
                 passes += seen
                 work += seen * (1.0 if p.larger else smaller)
-    there, back = _seconds_per_image(table)
-    drawn = len(np.unique(np.concatenate([table.draws.indices(d, c) for c, d in plan])))
-    images = networks * (drawn + len(table.test) + STATISTICS_IMAGES)
-    print(f"cost: features of {images:,} images, about {images * there / 60:.1f} minutes, then {fits:,} fits{known}")
+    there, back, width = _measured(table)
+    if fits:
+        drawn = len(np.unique(np.concatenate([table.draws.indices(d, c) for c, d in plan])))
+        images = networks * (drawn + len(table.test) + STATISTICS_IMAGES)
+        minutes = images * there / 60
+        print(f"cost: features of {images:,} images, about {minutes:.1f} minutes, then {fits:,} fits{known}")
+    if label_free:
+        images = networks * lf.passes(len(table.pool), width)
+        print(f"cost: label-free scores, {images:,} images, about {images * there / 60:.1f} minutes{known}")
     if passes:
         print(f"cost: fine-tuning passes {passes:,} images, about {work * back / 60:.1f} minutes{known}")
 
 
-def _seconds_per_image(table: Table) -> tuple[float, float]:
-    """Of a forward pass for features, and of a step of fine-tuning, each at its own size and precision."""
+def _measured(table: Table) -> tuple[float, float, int]:
+    """Seconds per image of a forward pass for features, and of a step of fine-tuning, each at its own size and
+    precision; and how many features there are."""
     model = ft.Classifier(build_backbone(table.backbone[0], table.image_size, table.backbone[1]), 2)
     model = channels_last(model.to(table.device))
 
@@ -72,4 +82,4 @@ def _seconds_per_image(table: Table) -> tuple[float, float]:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begun)
         seconds.append(float(np.median(times[1:])) / len(small))
-    return seconds[0], seconds[1]
+    return seconds[0], seconds[1], model.backbone.channels

@@ -15,7 +15,7 @@ from unlabel.duplicates import clusters, content_split
 from unlabel.errors import UserError
 from unlabel.sources import open_source, own_test_split
 
-__all__ = ["Split", "split_data"]
+__all__ = ["Split", "has_labels", "split_data", "unlabelled_pool"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def split_data(
 
     def images(cache: ImageCache, cluster_ids: np.ndarray) -> ev.Images:
         y = np.array([number[c] for c in cache.labels or ()], np.int64)
-        return ev.Images(cache.images, y, cache.names, cache.hashes, cluster_ids)
+        return ev.Images(cache.images, y, list(cache.names), list(cache.hashes), cluster_ids)
 
     pool_rows = np.flatnonzero(in_pool)
     left = {(train.labels or [])[k] for k in pool_rows}
@@ -96,6 +96,28 @@ def split_data(
         warnings.append(f"{len(skipped)} labelled images cannot be read and were left out: see skipped.txt")
     pool, test = images(pool_cache, train_ids[pool_rows]), images(test_cache, test_ids)
     return Split(pool, test, classes, _spread(usable), leaks, seen, seen_by, skipped, about, warnings)
+
+
+def has_labels(config: FewLabels) -> bool:
+    """Whether there is anything to take labels from: a CSV, class folders, a named set, or a test set."""
+    if config.labels is not None or config.test is not None or own_test_split(config.train) is not None:
+        return True
+    return len(set(open_source(config.train).labels or ())) > 1
+
+
+def unlabelled_pool(config: FewLabels, image_size: int, pretraining: ImageCache | None) -> Split:
+    """All images of --train, for scores that need no labels: no class, and no test image among them to leave out."""
+    cache = load_cache(open_source(config.train), image_size, max_skipped=config.max_skipped)
+    nobody, none = cache.subset(np.zeros(0, np.int64)), np.zeros(0, np.int64)
+    pool = ev.Images(
+        cache.images, np.zeros(len(cache), np.int64), list(cache.names), list(cache.hashes), clusters([cache])[0]
+    )
+    about = {"train": {"spec": config.train, "images": len(cache), "classes": [], "skipped": len(cache.skipped)}}
+    warnings = [f"{config.train} has no labels: only scores that need none"]
+    if cache.skipped:
+        warnings.append(f"{len(cache.skipped)} images cannot be read and were left out: see skipped.txt")
+    test, sample = ev.Images(nobody.images, none, [], [], none), _spread(pretraining or cache)
+    return Split(pool, test, [], sample, frozenset(), None, {}, cache.skipped, about, warnings)
 
 
 def _labelled(config: FewLabels, image_size: int) -> tuple[ImageCache, ImageCache | None, str | None]:

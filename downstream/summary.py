@@ -19,8 +19,12 @@ def summarise(
     arms: Sequence[ev.Arm],
     rows: list[dict[str, Any]],
     predictions: ev.Predictions,
+    given: str | None = None,
 ) -> dict[str, Any]:
-    """The content of results.json, but for its provenance. ``rows`` gain their accuracies."""
+    """The content of results.json, but for its provenance. ``rows`` gain their accuracies.
+
+    ``given``: which of the ``tasks`` are weights of --init as they are; the others are compared with it, too.
+    """
     clusters_ = table.test.clusters
     correct = {key: p == table.test.y for key, p in predictions.items()}  # (seeds, draws, T)
     seed_at = {arm.name: {seed: k for k, seed in enumerate(arm.seeds)} for arm in arms}
@@ -37,8 +41,9 @@ def summarise(
         (summary.append(line) if stage is None else stages.append({**line, "stage": stage}))
     present = {arm.name for arm in arms}
     pairs = [(a.name, v, p) for a in tasks for v, p in _VERSUS if v in present]
-    pairs += [(a.name, tasks[0].name, p) for a in tasks[1:] for p in table.protocols]
-    primary = _primary(tasks[0].name, present, table)
+    pairs += [(a.name, tasks[0].name, p) for a in tasks[1:] if a.name != given for p in table.protocols]
+    pairs += [(a.name, given, p) for a in tasks if given not in (None, a.name) for p in table.protocols]
+    primary = _primary(tasks[0].name, given, present, table)
     paired = []
     for arm, versus, protocol in pairs:
         for count in table.counts:
@@ -52,7 +57,7 @@ def summarise(
             paired.append({
                 "arm": arm, "versus": versus, "protocol": protocol, "labels_per_class": count, "difference": e.mean,
                 "ci_low": e.ci_low, "ci_high": e.ci_high, "verdict": stats.verdict(e.ci_low, e.ci_high),
-                "primary": (arm, versus, protocol, count) == primary, "n_draws": e.n_draws, "n_seeds": e.n_seeds,
+                "primary": (arm, versus, protocol, count) in primary, "n_draws": e.n_draws, "n_seeds": e.n_seeds,
                 "unit": e.unit, "note": e.note,
             })  # fmt: skip
     return {"schema": 1, "rows": rows, "summary": summary, "stages": stages, "paired": paired}
@@ -64,11 +69,14 @@ _VERSUS = [
 ]  # fmt: skip
 
 
-def _primary(first: str, present: Iterable[str], table: ev.Table) -> tuple[Any, ...] | None:
-    """The one comparison that is named before the test labels are read."""
+def _primary(first: str, given: str | None, present: Iterable[str], table: ev.Table) -> list[tuple[Any, ...]]:
+    """What is named before the test labels are read: one comparison; with ``given`` weights, each two of the three."""
     middle = table.counts[len(table.counts) // 2]
     if "finetune" in table.protocols and "scratch" in present:
-        return first, "scratch", "finetune", middle
-    if "linear" in table.protocols and "random" in present:
-        return first, "random", "linear", middle
-    return None
+        protocol, control = "finetune", "scratch"
+    elif "linear" in table.protocols and "random" in present:
+        protocol, control = "linear", "random"
+    else:
+        protocol, control = next((p for p in ("finetune", "linear") if p in table.protocols), "knn"), None
+    pairs = [(first, control), (first, given), (given, control)]
+    return [(a, b, protocol, middle) for a, b in pairs if a is not None and b is not None]

@@ -32,6 +32,8 @@ class Config:
     """What corrupts the input of the stage in training: values set to 0, values added to, or nothing."""
     level: float = 0.3
     """Share of the values; or standard deviation, as a share of that of the input itself."""
+    greedy: bool = True
+    """A phase for each stage, one after the other; without, all stages are trained together from the start."""
     joint: bool = True
     """A last phase in which all stages are trained together."""
 
@@ -76,10 +78,12 @@ class Stacked(PretextTask):
             raise UserError(f"unknown --stacked.noise {config.noise!r}: masking, gaussian or none")
         if not config.level >= 0 or (config.noise == "masking" and config.level >= 1):
             raise UserError(f"--stacked.level {config.level}: from 0; of masking below 1")
+        if not (config.greedy or config.joint):
+            raise UserError("--stacked.no-greedy --stacked.no-joint: that leaves nothing to train")
         self.stage_of = parameter_stages(backbone)
         self.cuts, sides = _cuts(backbone)
         self.stages = len(backbone.stage_names)
-        self.phases = self.stages + bool(config.joint)
+        self.phases = self.stages * bool(config.greedy) + bool(config.joint)
         self.phase, self.settled = 0, []
         channels = [*backbone.stage_channels[:-1], backbone.channels]
         first = ToImage if isinstance(backbone.model, Mlp) else partial(Up, before=3)
@@ -88,7 +92,8 @@ class Stacked(PretextTask):
         self.ups = nn.ModuleList(ups)
 
     def begin(self, phase: int) -> None:
-        self.phase = phase
+        phase = phase if self.config.greedy else self.stages
+        self.phase = phase  # of its own stage's number, or, of all together, the number of stages
         for name, parameter in self.backbone.model.named_parameters():
             here = phase == self.stages or self.stage_of.get(name) == phase
             parameter.requires_grad_(here and name not in self.backbone.frozen)

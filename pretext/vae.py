@@ -35,6 +35,8 @@ class Config:
     """Of a pixel, given what was painted."""
     deviation: float = 0.1
     """Standard deviation of a pixel (gaussian), in [0, 1] colours."""
+    grey: bool = False
+    """For grey images: a pixel is one number and not three alike, so that the bound is that of a grey image."""
     beta: float = 1.0
     """Weight of the divergence from the prior."""
     warmup: float = 0.2
@@ -82,7 +84,12 @@ class VAE(PretextTask):
 
     @torch.no_grad()
     def from_code(self, code: Tensor, size: int) -> Tensor:
-        return self.code.decode(code, size).sigmoid()
+        return self.decode(code, size).sigmoid()
+
+    def decode(self, code: Tensor, size: int) -> Tensor:
+        """(N, code) to logits (N, 3, size, size)."""
+        logits = self.code.decode(code, size)
+        return logits.mean(1, keepdim=True).expand_as(logits) if self.config.grey else logits
 
     def sample(self, mean: Tensor, log_variance: Tensor, batch: Batch) -> Tensor:
         """A code of each distribution, through which gradients flow (reparameterisation, §2.4)."""
@@ -90,6 +97,8 @@ class VAE(PretextTask):
 
     def missed(self, painted: Tensor, images: Tensor) -> Tensor:
         """(N,) nats: - log p(image | code), summed over pixels; Bernoulli: less the image's own entropy."""
+        if self.config.grey:
+            painted, images = painted.mean(1, keepdim=True), images.mean(1, keepdim=True)
         if self.config.likelihood == "bernoulli":
             return bernoulli_divergence(painted, images).sum((1, 2, 3))
         deviation = self.config.deviation
@@ -100,15 +109,18 @@ class VAE(PretextTask):
         rise = 1.0 if self.config.warmup == 0 else min(1.0, progress / self.config.warmup)
         return self.config.beta * rise
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def parts(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The bound's two parts, with one code drawn for each image: what is missed (N,), and the divergence of each
+        number of the code (N, code), in nats. And the codes' means (N, code)."""
         mean, log_variance = self.encode(batch.images)
-        painted = self.code.decode(self.sample(mean, log_variance, batch), batch.images.shape[-1])
-        kl = divergence(mean, log_variance)
-        missed, information = self.missed(painted, batch.images), kl.sum(1)
+        painted = self.decode(self.sample(mean, log_variance, batch), batch.images.shape[-1])
+        return self.missed(painted, batch.images), divergence(mean, log_variance), mean
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        missed, kl, mean = self.parts(batch)
+        information = kl.sum(1)
         loss = (missed + self.beta(batch.progress) * information).mean()
-        with torch.no_grad():
-            from_mean = self.code.decode(mean, batch.images.shape[-1]).sigmoid()
-            error = plain_error(from_mean, batch.images)
+        error = plain_error(self.from_code(mean.detach(), batch.images.shape[-1]), batch.images)
         return {
             "loss": loss,
             "bound": (missed + information).mean().detach(),
@@ -127,5 +139,5 @@ class VAE(PretextTask):
     @torch.no_grad()
     def show(self, batch: Batch) -> dict[str, Tensor]:
         mean, _ = self.encode(batch.images)
-        painted = self.code.decode(mean, batch.images.shape[-1]).sigmoid()
+        painted = self.from_code(mean, batch.images.shape[-1])
         return {"input": batch.images, "target": batch.images, "prediction": painted}

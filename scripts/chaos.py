@@ -172,7 +172,7 @@ def kills(play: Play) -> Iterator[Row]:
         if until(lambda: any(cache.glob("tmp-*/images.u8")), process, 0):
             time.sleep(play.random.uniform(0, 0.1))
             kill(process)
-            counts["packing"] += not any(cache.glob("*/index.json"))
+            counts["packing"] += not any(cache.glob("*/index.bin"))
             for left in cache.glob("tmp-*"):
                 shutil.rmtree(left)
     while sum(counts.values()) < sum(KILLS.values()):

@@ -58,7 +58,7 @@ def half(photos: ImageCache, which: int) -> Images:
     rows = np.sort(np.argsort(np.array(photos.hashes))[which::2])
     classes = sorted(set(photos.labels))
     y = np.array([classes.index(photos.labels[r]) for r in rows])
-    names, hashes = [photos.names[r] for r in rows], [photos.hashes[r] for r in rows]
+    names, hashes = [photos.names[int(r)] for r in rows], [photos.hashes[int(r)] for r in rows]
     return Images(Rows(photos.images, rows), y, names, hashes, np.arange(len(rows)))
 
 

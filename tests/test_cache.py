@@ -269,6 +269,44 @@ def test_hashes_are_of_the_full_size_pixels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(other_size.phashes, cache.phashes)
 
 
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("turn", [1, 6])
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size(tmp_path: Path, subsampling: int, turn: int) -> None:
+    """Its pixels are those of the whole, shrunk; what is hashed does not depend on the size that is asked for."""
+    from sklearn.datasets import load_sample_images
+
+    exif, names = Image.Exif(), ("china", "flower")
+    exif[0x0112] = turn
+    photos = [Image.fromarray(image) for image in load_sample_images().images]
+    for name, photo in zip(names, photos, strict=True):
+        photo.save(tmp_path / f"{name}.jpg", quality=95, subsampling=subsampling, exif=exif)
+        photo.resize((1280, 854), Image.Resampling.BICUBIC).save(
+            tmp_path / f"{name}-larger.jpg", quality=95, subsampling=subsampling, exif=exif
+        )
+    source = open_source(str(tmp_path))
+    caches = {size: load_cache(source, size, progress=False, write=False) for size in (32, 64, 140, 224)}
+    assert (
+        caches[32].shapes.tolist()
+        == [[854, 1280] if turn == 6 else [1280, 854], [427, 640] if turn == 6 else [640, 427]] * 2
+    )
+    for cache in caches.values():
+        assert cache.hashes == caches[32].hashes
+        np.testing.assert_array_equal(cache.phashes, caches[32].phashes)
+        for name, packed in zip(cache.names, np.array(cache.images), strict=True):
+            whole = decode((tmp_path / name).read_bytes())
+            assert whole.size[0] in (427, 854, 640, 1280)
+            short = min(whole.size)
+            left, top = ((n - short) // 2 for n in whole.size)
+            expected = whole.crop((left, top, left + short, top + short)).resize(
+                (cache.side, cache.side), Image.Resampling.BICUBIC
+            )
+            error = float(np.square(np.asarray(expected, float) - packed).mean())
+            assert 10 * np.log10(255**2 / error) > 33  # dB
+    assert len(set(caches[32].hashes)) == 4
+    near = np.bitwise_count(caches[32].phashes[::2] ^ caches[32].phashes[1::2])
+    assert near.max() <= 2  # of 64 bits, between a photo and a larger copy
+
+
 def test_perceptual_hash_is_of_the_image_and_its_mirror(tmp_path: Path) -> None:
     folder = tmp_path / "f"
     folder.mkdir()
@@ -359,13 +397,13 @@ def test_damaged_caches_are_made_again(tmp_path: Path, cache_folder: Path) -> No
     source = open_source(str(make_folder(tmp_path / "f", 5)))
     good = np.array(load_cache(source, 32, progress=False).images)
     [packed] = cache_folder.iterdir()
-    index = packed / "index.json"
+    index = packed / "index.bin"
     for damage in (
         lambda: (packed / "images.u8").write_bytes(b"short"),
         lambda: (packed / "images.u8").unlink(),
         lambda: index.unlink(),
         lambda: index.write_bytes(index.read_bytes()[:-10]),
-        lambda: index.write_bytes(index.read_bytes().replace(b'"rows": [0', b'"rows": [1')),
+        lambda: index.write_bytes(index.read_bytes().replace(b'"images": 5', b'"images": 4')),
         lambda: index.write_bytes(b""),
     ):
         damage()

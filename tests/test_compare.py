@@ -17,6 +17,7 @@ import torch
 
 from downstream import evaluate as ev
 from downstream import finetune as ft
+from downstream import label_free as lf
 from downstream.classifier import load_classifier
 from downstream.split import split_data
 from unlabel import compare
@@ -39,6 +40,7 @@ def short_presets():
         patch.setattr(ft, name, tuple(dataclasses.replace(p, steps=4, batch_size=16) for p in getattr(ft, name)))
     for name in ("_GROWTH", "_SCRATCH_GROWTH"):
         patch.setattr(ft, name, ft.Growth(passes=0, steps=0, at_least=0))
+    patch.setattr(lf, "IMAGES", 40)
     yield
     patch.undo()
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from downstream.classifier import load_classifier, stored_key
 from unlabel.cache import load_cache, printable
-from unlabel.decode import BrokenImage, decode
+from unlabel.decode import BrokenImage, decode, decode_reduced
 from unlabel.errors import UserError
 from unlabel.report import write_report
 from unlabel.sources import open_source
@@ -157,13 +157,16 @@ def test_a_whole_jpeg_is_never_taken_for_one_that_is_completed(size: tuple[int, 
             data = io.BytesIO()
             picture.convert(mode).save(data, "JPEG", quality=90, restart_marker_blocks=blocks, **options)
             assert decode(data.getvalue()).size == size
+            shape, reduced = decode_reduced(data.getvalue(), 100)
+            assert (shape, reduced.size) == (size, tuple(-(-n // (4 if min(size) >= 400 else 1)) for n in size))
             if "progressive" not in options and not blocks:
                 whole = data.getvalue()
                 for share in (0.4, 0.7):
                     start = whole.index(b"\xff\xda") + 14
                     cut = whole[: start + int((len(whole) - start) * share)].rstrip(b"\xff") + b"\xff\xd9"
-                    with pytest.raises(BrokenImage, match="truncated"):
-                        decode(cut)
+                    for at_least in (None, 100, 200):
+                        with pytest.raises(BrokenImage, match="truncated"):
+                            decode_reduced(cut, at_least)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured by Linux alone")

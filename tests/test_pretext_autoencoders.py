@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +97,45 @@ def test_the_loss_of_two_images_by_hand(likelihood: str, colour_photos: torch.Te
     assert float(out["loss"].detach()) == pytest.approx(total / 2, rel=1e-4)
     assert float(out["bound"]) == pytest.approx(total / 2, rel=1e-4)
     assert task(batch_of(images, progress=0.5))["loss"] > out["loss"]  # beta 2
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+def test_a_pixel_of_a_grey_image_counts_once(likelihood: str, colour_photos: torch.Tensor):
+    """The bound is that of 32 × 32 numbers, and what is painted is grey."""
+    task, grey = vae(code=3, likelihood=likelihood), vae(code=3, likelihood=likelihood, grey=True)
+    images = colour_photos[:4].mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    missed, kl, mean = grey.parts(batch_of(images))
+    code = grey.sample(*grey.encode(images), batch_of(images))
+    painted = grey.decode(code, 32)
+    assert torch.equal(painted[:, 0], painted[:, 2])
+    assert torch.allclose(painted[:, 0], task.code.decode(code, 32).mean(1), atol=1e-6)
+    one, three = grey.missed(painted, images), task.missed(painted, images)
+    assert torch.equal(one, missed)
+    assert torch.allclose(three, 3 * one, rtol=1e-4)
+    assert float(grey(batch_of(images))["bound"]) == pytest.approx(
+        float((missed + kl.sum(1)).mean().detach()), rel=1e-5
+    )
+    shown = grey.show(batch_of(images))["prediction"]
+    assert torch.equal(shown, grey.from_code(mean, 32))
+    assert torch.equal(shown[:, 0], shown[:, 1])
+
+
+def test_binarised_once_by_the_image_and_a_seed():
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "vae_elbo.py"))
+    shades = np.linspace(0, 255, 256).round().astype(np.uint8).reshape(1, 16, 16, 1)
+    images = np.repeat(np.repeat(shades, 3, axis=3), 400, axis=0)
+    hashes = [hashlib.sha256(str(k).encode()).hexdigest() for k in range(400)]
+    drawn = script["binarised"](images, hashes, 0)
+    assert drawn.shape == (400, 16, 16)
+    assert set(np.unique(drawn)) == {0, 255}
+    assert (drawn[:, 0, 0] == 0).all()
+    assert (drawn[:, 15, 15] == 255).all()
+    off = drawn.mean(0) / 255 - shades[0, :, :, 0] / 255  # a pixel's share of white: its shade
+    assert abs(off).max() < 0.1
+    assert off.std() == pytest.approx(math.sqrt(1 / 6 / 400), rel=0.2)  # sqrt(mean of p (1 - p) / 400)
+    others = script["binarised"](images[:7], hashes[6::-1], 0)  # in another order, among other images
+    assert np.array_equal(others, drawn[6::-1])
+    assert not np.array_equal(script["binarised"](images[:7], hashes[:7], 1), drawn[:7])
 
 
 def test_gradients_flow_through_the_draw(colour_photos: torch.Tensor):

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from pretext.stacked import Stacked
 from pretext.task import Batch
+from pretext.trained import load_trained
 from unlabel import optim
 from unlabel.backbone import build_backbone
 from unlabel.config import PretrainConfig
@@ -133,8 +136,59 @@ def test_each_phase_learns_on_a_short_real_run(digits_folder: Path, tmp_path: Pa
         assert part[-1] < part[0]
 
 
+def test_each_stage_improves_the_reconstruction():
+    """Held-out digits from stage k through all decoders below it: far better after its phase than before. And all
+    stages together improve on what the last of them left."""
+    flat = np.asarray(load_digits(return_X_y=True)[0], np.float32) / 16
+    images = torch.from_numpy(flat).view(-1, 1, 8, 8).expand(-1, 3, -1, -1)
+    held, shown = images[1500:], images[:1500]
+    task = make("mlp:64-32-16", 8, noise="none")
+    model = Together(task.backbone, {"stacked": task}, [1.0])
+
+    def error() -> float:
+        """Of the newest stage, as a share of the pixels' variance."""
+        model.eval()
+        return float(task.surprise(batch_of(held)).mean() / held.var(0, correction=0).mean())
+
+    errors = []
+    for phase in range(task.phases):
+        task.begin(phase)
+        before = error()
+        (optimizer,) = optim.make_optimizers(task.backbone, task.param_groups(), "adamw", 3e-3, 0.01)
+        for step in range(300):
+            model.train()
+            rows = torch.randint(len(shown), (64,), generator=torch.Generator().manual_seed(step))
+            loss, _ = model(batch_of(shown[rows]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        errors.append((before, error()))
+    for before, after in errors[:-1]:
+        assert after < 0.5 * min(before, 1.0), errors
+    assert errors[-1][0] == errors[-2][1]
+    assert errors[-1][1] < 0.9 * errors[-1][0], errors
+
+
+def test_without_greedy_all_stages_train_from_the_start(digits_folder: Path, tmp_path: Path):
+    task = make("mlp:24-12-6", greedy=False)
+    assert task.phases == 1
+    task.begin(0)
+    assert all(p.requires_grad for p in [*task.parameters(), *task.backbone.parameters()])
+    data = (str(digits_folder),)
+    config = PretrainConfig(
+        ("stacked",), data, tmp_path, image_size=16, epochs=20, log_every=10, batch_size=32, backbone="mlp:64-32",
+        task_settings={"stacked": {"greedy": False}},
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (pretrain(config) / "metrics.jsonl").read_text().splitlines()]
+    errors = [line["metrics"]["stacked/error"] for line in lines]
+    assert errors[-1] < 0.6 * errors[0]
+    trained = load_trained(tmp_path)
+    assert isinstance(trained, Stacked)
+    assert trained.phase == trained.stages
+
+
 def test_wrong_settings():
-    wrong: list[dict[str, Any]] = [{"noise": "x"}, {"level": -0.1}, {"level": 1.0}]
+    wrong: list[dict[str, Any]] = [{"noise": "x"}, {"level": -0.1}, {"level": 1.0}, {"greedy": False, "joint": False}]
     for settings in wrong:
         with pytest.raises(UserError, match="stacked"):
             make(**settings)

@@ -76,7 +76,7 @@ def test_folder_and_archives_of_one_tree_are_one_source(tmp_path: Path) -> None:
     for source in opened:
         assert contents(source) == TREE
         assert source.names == sorted(TREE)
-        assert source.sizes == [len(TREE[name]) for name in sorted(TREE)]
+        assert source.sizes.tolist() == [len(TREE[name]) for name in sorted(TREE)]
         assert source.labels == ["cat", "cat", "dog", "dog", "dog"]
         assert source.fingerprint == opened[0].fingerprint
         assert source.content_sample() == opened[0].content_sample()
@@ -345,7 +345,7 @@ def test_listing_the_data_sets_loads_nothing_heavy(tmp_path: Path) -> None:
     import sys
 
     code = (
-        "import sys, unlabel.sources as s; assert s.DATASETS; "
+        "import sys, unlabel.named as s; assert s.DATASETS; "
         "print([m for m in ('torch', 'torchvision', 'sklearn', 'PIL', 'numpy') if m in sys.modules])"
     )
     root = Path(__file__).parents[1]

@@ -66,7 +66,7 @@ class Backbone(nn.Module):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
-        self.model: Any = make_mlp(spec.name, spec.image_size) if is_mlp(spec.name) else _from_timm(spec)
+        self.model: Any = make_mlp(spec.name, spec.image_size) if is_mlp(spec.name) else timm_network(spec)
         self.changed: tuple[str, ...] = _change_stem(self.model, spec.stem)
         self.frozen: tuple[str, ...] = ()
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
@@ -140,7 +140,7 @@ def parameter_stages(backbone: Backbone) -> dict[str, int]:
     return first
 
 
-def _from_timm(spec: Spec) -> nn.Module:
+def timm_network(spec: Spec) -> nn.Module:
     if not re.fullmatch(r"[A-Za-z0-9_.]+", spec.name):  # timm would also load from addresses and folders
         raise UserError(f"{spec.name!r} is not the name of a network; `unlabel list` names a few good ones")
     try:
@@ -297,10 +297,10 @@ def build_described(spec: Spec, weights: Path) -> Backbone:
 
     It is built without memory first. Raises UserError.
     """
-    size = sum(4 * math.prod(shape) for shape in _shapes(weights).values())
+    size = sum(4 * math.prod(shape) for shape in shapes_of(weights).values())
     try:
         with torch.device("meta"):
-            empty = make_mlp(spec.name, spec.image_size) if is_mlp(spec.name) else _from_timm(spec)
+            empty = make_mlp(spec.name, spec.image_size) if is_mlp(spec.name) else timm_network(spec)
         need = 4 * sum(t.numel() for t in empty.state_dict().values())
     except (NotImplementedError, RuntimeError):  # a network that computes with its weights while it is built
         need = 0
@@ -309,7 +309,7 @@ def build_described(spec: Spec, weights: Path) -> Backbone:
     return Backbone(spec)
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
     """Of a safetensors file, which cannot run code, without its numbers. Raises UserError."""
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -324,7 +324,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def read_weights(path: Path, want: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Exactly the tensors of ``want``; names and shapes are compared before memory is taken. Raises UserError."""
-    compare_weights(want, _shapes(path))
+    compare_weights(want, shapes_of(path))
     with safe_open(path, framework="pt") as file:
         return {k: file.get_tensor(k) for k in want}
 

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from unlabel.columns import Digests, Names
 from unlabel.errors import UserError
 from unlabel.packing import load_or_pack
 from unlabel.sources import Source
@@ -58,15 +59,16 @@ class ImageCache:
     """The images of a source that could be decoded, in the order of the source. All fields have N rows.
 
     Attributes: `images` (N, R, R, 3) uint8, a read-only memory map, `Streamed`, or `Rows` of one of them; `names`;
-    `labels`, None without; `hashes`, SHA-256 of the full-size RGB pixels and their shape; `phashes` (N, 2) uint64,
+    `labels`, None without; `hashes`, SHA-256 of the RGB pixels (of a large JPEG at a half or a quarter of its size, as
+    long as its short side keeps 160) and of the shape; `phashes` (N, 2) uint64,
     perceptual hash of the image and of its mirror image; `shapes` (N, 2) int32, width and height in pixels;
     `skipped`, (name, reason) of what is missing; `fingerprint` of the source; `side` R in pixels.
     """
 
     images: Pixels
-    names: list[str]
+    names: Sequence[str]
     labels: list[str] | None
-    hashes: list[str]
+    hashes: Sequence[str]
     phashes: np.ndarray
     shapes: np.ndarray
     skipped: list[tuple[str, str]]
@@ -90,13 +92,17 @@ class ImageCache:
         return replace(
             self,
             images=images,
-            names=[self.names[i] for i in rows],
+            names=_take(self.names, rows),
             labels=None if self.labels is None else [self.labels[i] for i in rows],
-            hashes=[self.hashes[i] for i in rows],
+            hashes=_take(self.hashes, rows),
             phashes=self.phashes[rows],
             shapes=self.shapes[rows],
             fingerprint=digest,
         )
+
+
+def _take(column: Sequence[str], rows: np.ndarray) -> Sequence[str]:
+    return column.take(rows) if isinstance(column, Names | Digests) else [column[int(i)] for i in rows]
 
 
 def evenly_spaced(n: int, at_most: int) -> np.ndarray:
@@ -135,7 +141,7 @@ def load_cache(
     index, images = load_or_pack(source, side, workers=workers, progress=progress, write=write)
     skipped = sorted(source.skipped + index.skipped)
     total = len(source) + len(source.skipped)
-    if len(skipped) / total > max_skipped or not index.rows:
+    if len(skipped) / total > max_skipped or not len(index.rows):
         some = "; ".join(f"{printable(name)}: {reason}" for name, reason in skipped[:3])
         raise TooManyBroken(
             f"{len(skipped):,} of {total:,} images in {source.spec} cannot be read "
@@ -143,13 +149,14 @@ def load_cache(
             "repair or remove them, or allow more",
             skipped,
         )
+    whole = len(index.rows) == len(source)
     return ImageCache(
         images=images,
-        names=[source.names[i] for i in index.rows],
-        labels=None if source.labels is None else [source.labels[i] for i in index.rows],
-        hashes=index.hashes,
-        phashes=np.array(index.phashes, np.uint64).reshape(-1, 2),
-        shapes=np.array(index.shapes, np.int32).reshape(-1, 2),
+        names=source.names if whole else source.names.take(index.rows),
+        labels=source.labels if whole or source.labels is None else [source.labels[i] for i in index.rows],
+        hashes=Digests(index.hashes),
+        phashes=index.phashes,
+        shapes=index.shapes,
         skipped=skipped,
         fingerprint=source.fingerprint,
         side=side,

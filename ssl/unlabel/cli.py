@@ -109,7 +109,7 @@ def check(config: C.CheckConfig) -> int:
 
 
 def listing(config: C.ListConfig) -> None:
-    from unlabel.sources import DATASETS
+    from unlabel.named import DATASETS
 
     tables = {
         "tasks": {name: line for name, (_, line) in TASKS.items()},

@@ -5,6 +5,7 @@ This file and cli.py alone know all three parts: unlabel, pretext, downstream.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,16 +19,18 @@ import numpy as np
 from downstream import evaluate as ev
 from downstream.cost import print_cost
 from downstream.gallery import draw_gallery
-from downstream.split import Split, split_data
+from downstream.label_free_table import label_free_rows, tasks_of
+from downstream.split import Split, has_labels, split_data, unlabelled_pool
 from downstream.summary import summarise
-from pretext import load_task
+from pretext import TASKS, load_task
 from unlabel import report
 from unlabel.backbone import build_backbone, load_backbone
 from unlabel.cache import ImageCache, load_cache, write_skipped
-from unlabel.checkpoint import write_atomic
+from unlabel.checkpoint import file_sha256, write_atomic
 from unlabel.config import CompareConfig, EvaluateConfig, FewLabels, PretrainConfig, plain
 from unlabel.distributed import pick_device
 from unlabel.errors import UserError
+from unlabel.init import Start, fetch, load_start, start_beside, start_of, write_given
 from unlabel.plan import EPOCHS, check_settings
 from unlabel.pretrain import pretrain
 from unlabel.runfolder import RunFolder, commit, hardware, versions
@@ -70,28 +73,38 @@ def evaluate(config: EvaluateConfig) -> Path:
     refuse_out_inside_data(out, (config.train, config.test))
     if about:
         run.finished()  # an error where the weights are not those that the run wrote
+    backbone = (about.get("settings", {}).get("backbone", spec.name), spec.stem)
+    start = start_beside(config.init, *backbone)
+    weights = write_given(start, spec.image_size, spec.flip, out / "given")
     pretraining, note = pretraining_images(config.run, about, spec.image_size)
-    split = split_data(config, spec.image_size, pretraining)
-    if note:
-        split.warnings.append(note)
+    given, others, notes = _given(start, weights, spec.image_size, pretraining)
+    if config.label_free and not has_labels(config):
+        config = dataclasses.replace(config, protocol=())
+        split = unlabelled_pool(config, spec.image_size, pretraining)
+    else:
+        split = split_data(config, spec.image_size, pretraining, others)
+    split.warnings.extend([note, *notes] if note else notes)
     if split.seen:
         split.warnings.append(f"{split.seen} test images have a near-duplicate among those that it was pretrained on")
     arm = ev.Arm(_arm_name(config.run, about), "backbone", (_seed(about),), (config.run,))
-    backbone = (about.get("settings", {}).get("backbone", spec.name), spec.stem)
-    arms = _with_controls([arm], config)
+    arms = _with_controls([arm, *given], config, config.label_free)
     table = _table(config, split, backbone, spec.image_size, out, spec.flip)
-    print_cost(table, arms)
-    overlap = {"overlap": {"test_in_pretraining": split.seen}, "left_out_of_pretraining": 0}
-    return _fill_and_report(table, split, arms, 1, {"settings": plain(config), **overlap})
+    print_cost(table, arms, config.label_free)
+    origin = {"settings": plain(config), "overlap": {"test_in_pretraining": split.seen}, "left_out_of_pretraining": 0}
+    origin |= _given_about(start, weights)
+    return _fill_and_report(table, split, arms, 1 + len(given), origin, config.label_free)
 
 
 def compare(config: CompareConfig) -> Path:
     """`unlabel compare`: pretrain × tasks, evaluate, report. Finished runs and cells are not done again."""
     _check_settings(config)
+    start = start_of(config.init, config.backbone, "auto")
+    config = dataclasses.replace(config, backbone=start.backbone)
     refuse_out_inside_data(config.out, (*config.data, config.train, config.test))
     source = open_source(config.data)
     image_size = config.image_size or min(224, max(32, source.median_short_side()))
-    _check_tasks(config, image_size)
+    _check_tasks(config, start, image_size)
+    weights = write_given(start, image_size, config.flip, config.out / "given")
     pretraining = load_cache(source, image_size, max_skipped=config.max_skipped)
     seeds = tuple(range(config.seed, config.seed + config.seeds))
     tasks = [
@@ -99,26 +112,50 @@ def compare(config: CompareConfig) -> Path:
         for name in config.tasks
     ]
     also, others, notes = _finished_runs(config.also, image_size, pretraining)
-    arms = _with_controls([*tasks, *also], config)
-    split = split_data(config, image_size, pretraining, others)
-    split.warnings.extend(notes)
-    table = _table(config, split, (config.backbone, "auto"), image_size, config.out, config.flip)
+    given, more, more_notes = _given(start, weights, image_size, pretraining)
+    finished = [*also, *given]
+    arms = _with_controls([*tasks, *finished], config, label_free=True)
+    split = split_data(config, image_size, pretraining, others | more)
+    split.warnings.extend([*notes, *more_notes])
+    table = _table(config, split, (start.backbone, start.stem), image_size, config.out, config.flip)
     each = f"{config.minutes:g} minutes" if config.minutes is not None else f"{config.epochs or EPOCHS:g} passes"
     print(f"cost: pretraining {len(tasks) * len(seeds)} × {each}, as far as it is not done")
-    print_cost(table, arms)
+    print_cost(table, arms, label_free=True)
     for arm in tasks:
         for seed, folder in zip(seeds, arm.runs, strict=True):
             print(f"\n== {arm.name}, seed {seed}")
             pretrain(_pretrain_config(config, arm.name, seed, folder, image_size), exclude=split.pretraining_leaks)
     # Own runs see no test image; those that were given may have.
-    found = [split.seen_by.get(arm.name) for arm in also]
+    found = [split.seen_by.get(arm.name) for arm in finished]
     seen = None if None in found else max([0, *(n for n in found if n is not None)])
-    overlap = {"overlap": {"test_in_pretraining": seen}, "left_out_of_pretraining": len(split.pretraining_leaks)}
-    return _fill_and_report(table, split, arms, len(tasks) + len(also), {"settings": plain(config), **overlap})
+    origin = {"settings": plain(config), "overlap": {"test_in_pretraining": seen}} | _given_about(start, weights)
+    origin["left_out_of_pretraining"] = len(split.pretraining_leaks)
+    return _fill_and_report(table, split, arms, len(tasks) + len(finished), origin, True)
+
+
+def _given(
+    start: Start, weights: Path | None, image_size: int, pretraining: ImageCache | None
+) -> tuple[list[ev.Arm], dict[str, ImageCache], list[str]]:
+    """The weights of --init as they are, as an arm; what they were trained on, where that is known; notes."""
+    if weights is None:
+        return [], {}, []
+    if start.kind != "run":
+        note = f"{start.arm} was trained elsewhere, perhaps with labels, perhaps on test images: that is not known here"
+        return [ev.Arm(start.arm, "backbone", (0,), (weights,))], {}, [note]
+    (arm,), others, notes = _finished_runs([weights], image_size, pretraining)
+    known = {start.arm: others[arm.name]} if others else {}
+    return [dataclasses.replace(arm, name=start.arm)], known, notes
+
+
+def _given_about(start: Start, weights: Path | None) -> dict[str, Any]:
+    """For the provenance: which arm are weights as they were given, and which weights these are."""
+    if weights is None:
+        return {}
+    return {"given": {"arm": start.arm, "init": start.init, "content": file_sha256(weights / "backbone.safetensors")}}
 
 
 def _finished_runs(
-    folders: Sequence[Path], image_size: int, pretraining: ImageCache
+    folders: Sequence[Path], image_size: int, pretraining: ImageCache | None
 ) -> tuple[list[ev.Arm], dict[str, ImageCache], list[str]]:
     """Arms of runs that are finished elsewhere; the images that they were trained on, where those are others; notes."""
     arms, others, notes = [], {}, []
@@ -133,7 +170,8 @@ def _finished_runs(
         if note:
             notes.append(f"{folder.name}: {note}")
         if images is not None:  # the same images need no second look
-            known = next((c for c in (pretraining, *others.values()) if c.hashes == images.hashes), images)
+            seen = [c for c in (pretraining, *others.values()) if c is not None]
+            known = next((c for c in seen if c.hashes == images.hashes), images)
             others[folder.resolve().name] = known
     return arms, others, notes
 
@@ -148,7 +186,7 @@ def _pretrain_config(config: CompareConfig, name: str, seed: int, out: Path, ima
         tasks=tasks, data=config.data, out=out, backbone=config.backbone, image_size=image_size,
         epochs=config.epochs, minutes=config.minutes, batch_size=config.batch_size, seed=seed, device=config.device,
         precision=config.precision, flip=config.flip, max_skipped=config.max_skipped,
-        task_settings={t: config.task_settings[t] for t in tasks if t in config.task_settings},
+        init=config.init, task_settings={t: config.task_settings[t] for t in tasks if t in config.task_settings},
     )  # fmt: skip
 
 
@@ -161,19 +199,26 @@ def _check_settings(config: CompareConfig) -> None:
         check_settings(one, {task: load_task(task) for task in one.tasks}, (1.0,) * len(one.tasks))
 
 
-def _check_tasks(config: CompareConfig, image_size: int) -> None:
-    """Build each task once: only that checks its own settings, against this backbone and this size."""
-    backbone = build_backbone(config.backbone, image_size)
+def _check_tasks(config: CompareConfig, start: Start, image_size: int) -> None:
+    """Build each task once: only that checks its own settings, against this backbone, its start and this size."""
+    backbone = build_backbone(start.backbone, image_size, start.stem)
+    load_start(start, backbone, fetch(start), lambda _: None)
     for name in dict.fromkeys(task for arm in config.tasks for task in arm.split("+")):
         task = load_task(name)
         task(backbone, task.Config(**config.task_settings.get(name, {})))
 
 
-def _with_controls(arms: list[ev.Arm], config: FewLabels) -> list[ev.Arm]:
-    """The arms and, beside them, the controls. No two may have one name: it is what they are known by."""
+def _with_controls(arms: list[ev.Arm], config: FewLabels, label_free: bool) -> list[ev.Arm]:
+    """The arms and, beside them, the controls. No two may have one name: it is what they are known by.
+
+    ``label_free``: the random backbone is among them under any protocol, for its scores.
+    """
     most = max(arms, key=lambda arm: len(arm.seeds))
     if config.controls:
-        arms = arms + ev.control_arms(config.protocol, most.seeds)
+        controls = ev.control_arms(config.protocol, most.seeds)
+        if label_free and all(arm.kind != "random" for arm in controls):
+            controls.append(ev.Arm("random", "random", tuple(most.seeds)))
+        arms = arms + controls
     names = [arm.name for arm in arms]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -215,12 +260,13 @@ def _table(
 ) -> ev.Table:
     if not 1 <= config.draws <= MOST:
         raise UserError(f"--draws {config.draws}: from 1 to {MOST:,}")
-    if not config.protocol or config.labels_per_class == ():
+    scores_alone = not config.protocol and isinstance(config, EvaluateConfig) and config.label_free
+    if (not config.protocol and not scores_alone) or config.labels_per_class == ():
         raise UserError("--protocol and --labels-per-class want a value, or leave them out")
     if config.top_layers is not None and config.top_layers < 1:
         raise UserError(f"--top-layers {config.top_layers}: train at least one stage")
-    counts = label_counts(config, split.pool.y)
-    numbers = [c for c in counts if c != "all"]
+    counts = (1,) if scores_alone else label_counts(config, split.pool.y)
+    numbers = [c for c in counts if c != "all" and not scores_alone]
     if config.draws < 10 and numbers:
         split.warnings.append(f"{config.draws} draws of labels instead of 10: intervals are wide and rough")
     table = ev.Table(
@@ -242,21 +288,31 @@ def _table(
 
 
 def _fill_and_report(
-    table: ev.Table, split: Split, arms: Sequence[ev.Arm], n_tasks: int, origin: dict[str, Any]
+    table: ev.Table, split: Split, arms: Sequence[ev.Arm], n_tasks: int, origin: dict[str, Any], label_free: bool
 ) -> Path:
     """``arms``: the tasks (and runs) first, ``n_tasks`` of them, then the controls. ``origin``: for the provenance."""
     out, tasks = table.out, arms[:n_tasks]
     if split.skipped:
         write_skipped(out / "skipped.txt", split.skipped)
     rows, predictions = ev.fill(table, arms, tasks[0].name)
-    results = summarise(table, tasks, arms, rows, predictions)
+    results = summarise(table, tasks, arms, rows, predictions, origin.get("given", {}).get("arm"))
     results["provenance"] = _provenance(out, tasks, split) | origin
-    _write(out, table, results, predictions)
-    results["pictures"] = draw_gallery(table, tasks[0])  # after the results are safe
+    if label_free:
+        results["label_free"] = label_free_rows(table, arms, _better(tasks))
+    if table.protocols:
+        _write(out, table, results, predictions)
+        results["pictures"] = draw_gallery(table, tasks[0])  # after the results are safe
     write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     page = report.write_report(out)
-    print(f"\n{report.format_table(results)}\n\n{report.answer(results)}\n\nopen {page}")
+    said = [report.format_table(results), report.answer(results)] if table.protocols else []
+    print("\n" + "\n\n".join(filter(None, [*said, report.format_label_free(results), f"open {page}"])))
     return out
+
+
+def _better(arms: Sequence[ev.Arm]) -> dict[str, str]:
+    """``max`` or ``min`` for each metric of the tasks that these arms were trained with, keyed ``task/metric``."""
+    tasks = {task for arm in arms for run in arm.runs for task in tasks_of(run)} & set(TASKS)
+    return {f"{task}/{metric}": best for task in sorted(tasks) for metric, best in load_task(task).metrics.items()}
 
 
 def _provenance(out: Path, tasks: Sequence[ev.Arm], split: Split) -> dict[str, Any]:
@@ -265,12 +321,12 @@ def _provenance(out: Path, tasks: Sequence[ev.Arm], split: Split) -> dict[str, A
     for arm in tasks:
         for folder, seed in zip(arm.runs, arm.seeds, strict=True):
             about = RunFolder(folder).read() or {}
-            done, asked = about.get("finished", {}), about.get("settings", {})
+            done, asked, free = about.get("finished", {}), about.get("settings", {}), about.get("free", {})
             seconds = done.get("seconds")
             runs.setdefault(arm.name, []).append({
                 "path": _relative(folder, out), "seed": asked.get("seed", seed), "tasks": asked.get("tasks"),
                 "backbone": asked.get("backbone"), "image_size": about.get("resolved", {}).get("image_size"),
-                "shown_as": about.get("data", {}).get("shown_as", ["RGB"]),
+                "shown_as": about.get("data", {}).get("shown_as", ["RGB"]), "init": free.get("init"),
                 "steps": done.get("steps"), "images_seen": done.get("images_seen"),
                 "minutes": None if seconds is None else round(seconds / 60, 2),
                 "images_per_second": round(done["images_seen"] / seconds, 1) if seconds else None,

@@ -66,10 +66,10 @@ class PretrainConfig:
     """The run folder."""
     weights: tuple[float, ...] | None = None
     """One loss weight per task (default: all 1)."""
-    backbone: str = "small"
-    """`small`, the name of a timm ConvNet, or a dense network: `mlp:1000-500-250`."""
+    backbone: str | None = None
+    """`small` (the default), the name of a timm ConvNet, or a dense network: `mlp:1000-500-250`."""
     stem: Literal["auto", "small", "half", "timm"] = "auto"
-    """auto: a small-image stem, at full resolution, below 48 px; half: one at half resolution, four times as fast."""
+    """auto: a small-image stem below 48 px (with plain weights of --init: timm's); half: four times as fast."""
     image_size: int | None = None
     """Pixels (default: the data's median short side, clamped to 32-224)."""
     epochs: float | None = None
@@ -110,8 +110,8 @@ class PretrainConfig:
     """BatchNorm's statistics over all processes; on GPUs only."""
     rank_timeout: float = 30.0
     """Minutes after which a process that waits for another one gives up, and names it."""
-    init: Path | None = None
-    """Start from another run's backbone."""
+    init: str | None = None
+    """Start from a run's folder, FILE.safetensors (timm weights of --backbone), or timm:NAME (downloaded)."""
     max_skipped: float = 0.01
     """Largest tolerated share of unreadable files."""
     workers: int | None = None
@@ -176,6 +176,10 @@ class EvaluateConfig(FewLabels):
     """A finished run folder."""
     out: Path | None = None
     """Where results.json goes (default: RUN/evaluation)."""
+    init: str | None = None
+    """Weights to measure as they are given, beside the run: another run's folder, FILE.safetensors, or timm:NAME."""
+    label_free: bool = False
+    """Also scores that need no labels; alone where --train has none, or after --protocol without a value."""
 
 
 @dataclass(frozen=True)
@@ -192,8 +196,10 @@ class CompareConfig(FewLabels):
     """Finished run folders that become further arms, named after their folder."""
     seeds: int = 1
     """Pretraining seeds per arm; from three on, intervals are over seeds."""
-    backbone: str = "small"
-    """`small`, the name of a timm ConvNet, or a dense network: `mlp:1000-500-250`."""
+    backbone: str | None = None
+    """`small` (the default), the name of a timm ConvNet, or a dense network: `mlp:1000-500-250`."""
+    init: str | None = None
+    """Start from a run's folder, FILE.safetensors or timm:NAME; those weights as they are become an arm, too."""
     image_size: int | None = None
     """Pixels (default: the data's median short side, clamped to 32-224)."""
     epochs: float | None = None

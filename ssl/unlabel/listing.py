@@ -6,13 +6,16 @@ object in a store (stores.py).
 
 import contextlib
 import errno
+import functools
 import io
+import itertools
 import os
 import re
-from collections.abc import Iterator
+import stat
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from unlabel.errors import UserError
 from unlabel.stores import REQUEST, Changed, Remote, State, file_state, is_url, load_range
@@ -20,7 +23,8 @@ from unlabel.stores import REQUEST, Changed, Remote, State, file_state, is_url, 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["MAX_BYTES", "Entry", "Found", "is_image_name", "list_archive", "list_folder", "too_large", "unpacked"]
+__all__ = ["MAX_BYTES", "Entries", "Entry", "Found", "Place", "is_image_name", "joined", "list_archive", "list_folder"]
+__all__ += ["too_large", "unpacked"]
 
 _SUFFIX = re.compile(
     r"\.(jpe?g|jpe|jfif|jif|mpo|a?png|gif|bmp|dib|tiff?|webp|p[pgbn]m|pfm|jp2|j2k|jpx|avif|ico|hei[cf]|jxl)"
@@ -28,6 +32,7 @@ _SUFFIX = re.compile(
 _NO_IMAGES = {"readme", "license", "licence", "copying", "changelog", "makefile", "md5sums", "sha256sums"}
 _NO_DATA = {"thumbs.db", "desktop.ini", "__macosx"}
 MAX_BYTES = 1 << 30  # of a file: more than the pixels of any image that is read; a sparse file costs nothing to make
+_KIND, _PLAIN = 0o170444, stat.S_IFREG | 0o444  # a file that all may read
 _MAX_HEADER = 1 << 20  # of a long name or of extended attributes in an archive, which are read into memory
 
 
@@ -61,30 +66,118 @@ class Entry:
         return data
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Where the images of a listing lie: below a folder, in an archive (which then has a state), or in an array."""
+
+    path: str = ""
+    packed: bool = False
+    archive: State | None = None
+    pixels: "np.ndarray | None" = None  # (N, H, W) or (N, H, W, 3) uint8; an image's offset is its row
+    paths: Sequence[str] | None = None  # of files that are not called as in the source; an offset is a row
+
+    def entry(self, name: str, size: int, offset: int) -> Entry:
+        if self.pixels is not None:
+            return Entry(name, size, pixels=self.pixels[offset])
+        if self.paths is not None:
+            return Entry(name, size, self.paths[offset])
+        if self.archive is None:
+            return Entry(name, size, f"{self.path}/{name}")
+        return Entry(name, size, self.path, offset, self.packed, archive=self.archive)
+
+
+class Entries(Sequence[Entry]):
+    """The images of a listing in columns: a million `Entry` would take 400 MB.
+
+    `names` (N); `sizes` in bytes, `offsets` and `place`, a row of `places`: (N,) integers.
+    """
+
+    def __init__(
+        self, places: list[Place], names: list[str], sizes: Any, offsets: Any = None, place: Any = None
+    ) -> None:
+        import numpy as np
+
+        self.places, self.names, self.sizes = places, names, np.asarray(sizes, np.int64)
+        self.offsets = np.zeros(len(names), np.int64) if offsets is None else np.asarray(offsets, np.int64)
+        self.place = np.zeros(len(names), np.int32) if place is None else np.asarray(place, np.int32)
+        if not len(names) == len(self.sizes) == len(self.offsets) == len(self.place):
+            raise ValueError(f"{len(names)} names, {len(self.sizes)} sizes, {len(self.offsets)} offsets")
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Entries]") -> "Entries":
+        """One after the other."""
+        import numpy as np
+
+        if len(parts) == 1:
+            return parts[0]
+        firsts = itertools.accumulate((len(part.places) for part in parts), initial=0)
+        return cls(
+            [place for part in parts for place in part.places],
+            [name for part in parts for name in part.names],
+            np.concatenate([part.sizes for part in parts]),
+            np.concatenate([part.offsets for part in parts]),
+            np.concatenate([part.place + first for part, first in zip(parts, firsts, strict=False)]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, k: Any) -> Any:
+        if isinstance(k, slice):
+            return [self[i] for i in range(len(self))[k]]
+        return self.places[self.place[k]].entry(self.names[k], int(self.sizes[k]), int(self.offsets[k]))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # as of a list
+
+
 @dataclass
 class Found:
     """What a folder or an archive holds."""
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: Entries = field(default_factory=lambda: Entries([], [], []))
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (name, reason): never silently left out
     ignored: int = 0  # files that are no images, by their suffix
 
 
+def joined(parts: Sequence[Found]) -> Found:
+    """What several places hold, one after the other."""
+    return Found(
+        Entries.joined([part.entries for part in parts]),
+        [line for part in parts for line in part.skipped],
+        sum(part.ignored for part in parts),
+    )
+
+
 def is_image_name(path: str, found: Found) -> bool:
     """By name only. Hidden files do not count at all; other files that are no images are counted."""
-    parts = path.split("/")
-    if any(part.startswith(".") or part.lower() in _NO_DATA for part in parts):
+    *folders, name = path.split("/")
+    if _left_alone(name) or any(map(_left_alone, folders)):
         return False
-    suffix = PurePosixPath(parts[-1]).suffix.lower()
-    if _SUFFIX.fullmatch(suffix) or (not suffix and parts[-1].lower() not in _NO_IMAGES):
+    dot = name.rfind(".")
+    if _is_image_suffix(name[dot:]) if 0 < dot < len(name) - 1 else name.lower() not in _NO_IMAGES:
         return True
     found.ignored += 1
     return False
 
 
+def _left_alone(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _NO_DATA
+
+
+@functools.lru_cache(1024)
+def _is_image_suffix(suffix: str) -> bool:
+    return bool(_SUFFIX.fullmatch(suffix.lower()))
+
+
 def list_folder(root: str) -> Found:
-    found = Found()
-    seen: set[str] = set()
+    found, seen = Found(), set[str]()
+    names, sizes = list[str](), array("q")
+    suffixes = set[str]()  # of images, as they are written here
     # Real folders before links, so that an image that can be reached both ways has the name without the link.
     folders, links = [(root, "")], []
     while folders or links:
@@ -95,31 +188,40 @@ def list_folder(root: str) -> Found:
         if (real := os.path.realpath(folder)) in seen:
             continue
         seen.add(real)
+        inner: list[tuple[str, str]] = []
+        here, bytes_of = list[str](), list[int]()  # no DirEntry is kept, which would keep all that was asked of it
         try:
-            children = list(os.scandir(folder))
+            with os.scandir(folder) as children:
+                for child in children:
+                    name = child.name
+                    suffix = name[name.rfind(".") :]
+                    if suffix in suffixes and name[0] != ".":  # as most are: one question to the file system each
+                        with contextlib.suppress(OSError):
+                            state = child.stat()
+                            if state.st_mode & _KIND == _PLAIN and state.st_size <= MAX_BYTES:
+                                here.append(prefix + name)
+                                bytes_of.append(state.st_size)
+                                continue
+                    if _left_alone(name):
+                        continue
+                    if _is_folder(child):
+                        (links if child.is_symlink() else inner).append((child.path, f"{prefix}{name}/"))
+                    elif is_image_name(name, found):
+                        if isinstance(size := _size_or_why_not(child), int):
+                            suffixes |= {suffix} if suffix[0] == "." else set()
+                            here.append(prefix + name)
+                            bytes_of.append(size)
+                        else:
+                            found.skipped.append((prefix + name, size))
         except OSError as error:
             if not prefix:
                 raise UserError(f"cannot open the folder {root}: {error.strerror}; check the permissions") from None
             found.skipped.append((prefix.rstrip("/"), f"folder cannot be opened: {error.strerror}"))
-            continue
-        for child in children:
-            name = prefix + child.name
-            if child.name.startswith(".") or child.name.lower() in _NO_DATA:
-                continue
-            if _is_folder(child):
-                (links if child.is_symlink() else folders).append((child.path, name + "/"))
-            elif not is_image_name(name, found):
-                continue
-            elif not os.path.isfile(child.path):
-                nowhere = child.is_symlink() and not os.path.exists(child.path)
-                reason = "link to nowhere" if nowhere else "not a regular file"
-                found.skipped.append((name, reason))
-            elif not os.access(child.path, os.R_OK):
-                found.skipped.append((name, "no permission to read it"))
-            elif (size := child.stat().st_size) > MAX_BYTES:
-                found.skipped.append((name, too_large(size)))
-            else:
-                found.entries.append(Entry(name, size, os.path.abspath(child.path)))
+        order = sorted(range(len(here)), key=here.__getitem__)
+        names += map(here.__getitem__, order)
+        sizes.extend(map(bytes_of.__getitem__, order))
+        folders += sorted(inner, reverse=True)  # so that the names come nearly in order: sorting them all is quick
+    found.entries = Entries([Place(os.path.abspath(root))], names, sizes)
     return found
 
 
@@ -128,6 +230,19 @@ def _is_folder(child: os.DirEntry[str]) -> bool:
         return child.is_dir()
     except OSError:  # a link to itself
         return False
+
+
+def _size_or_why_not(child: os.DirEntry[str]) -> int | str:
+    """Bytes of a file that can be read; else the reason."""
+    try:
+        state = child.stat()
+    except OSError:
+        return "link to nowhere" if child.is_symlink() and not os.path.exists(child.path) else "not a regular file"
+    if not stat.S_ISREG(state.st_mode):
+        return "not a regular file"
+    if state.st_mode & 0o444 != 0o444 and not os.access(child.path, os.R_OK):
+        return "no permission to read it"
+    return state.st_size if state.st_size <= MAX_BYTES else too_large(state.st_size)
 
 
 @contextlib.contextmanager
@@ -168,7 +283,7 @@ def list_archive(path: str, state: State | None = None) -> Found:
             return super()._proc_member(tarfile_)  # pyright: ignore[reportAttributeAccessIssue]
 
     found = Found()
-    entries: dict[str, Entry] = {}  # a later member of the same name replaces the earlier one, as in unpacking
+    members: dict[str, tuple[int, int]] = {}  # a later one of the same name replaces the earlier one, as in unpacking
     state = state or file_state(path)
     place = path if is_url(path) else os.path.abspath(path)
     with unpacked(path) as stream:
@@ -193,7 +308,7 @@ def list_archive(path: str, state: State | None = None) -> Found:
                         stream.seek(member.offset_data + member.size - 1)
                         if not stream.read(1):
                             raise EOFError
-                    entries[name] = Entry(name, member.size, place, member.offset_data, packed, archive=state)
+                    members[name] = (member.size, member.offset_data)
             # tarfile also stops quietly at a cut between members or at a damaged header. A whole archive ends
             # in two blocks of zeros, the first of which has just been read.
             whole = stream.tell() == tar.offset + 512 and not any(stream.read(512))
@@ -204,9 +319,10 @@ def list_archive(path: str, state: State | None = None) -> Found:
                 raise UserError(f"cannot read {path} ({error.strerror}); try again when it can be read") from None
             damaged_at = member.name if member is not None else "the start"
         if damaged_at is not None:
-            reason = f"archive is truncated or damaged at {damaged_at!r}, after {len(entries):,} images"
+            reason = f"archive is truncated or damaged at {damaged_at!r}, after {len(members):,} images"
             found.skipped.append((os.path.basename(path), reason))
-    found.entries = list(entries.values())
+    sizes, offsets = [size for size, _ in members.values()], [offset for _, offset in members.values()]
+    found.entries = Entries([Place(place, packed, state)], list(members), sizes, offsets)
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unlabel.errors import UserError
-from unlabel.listing import Entry, Found, portable_pixmap
+from unlabel.listing import Entries, Found, Place, portable_pixmap
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,11 +96,9 @@ def _from_torchvision(name: str, data) -> Found:
     if name == "pets":
         labels = [data.classes[i] for i in data._labels]
         paths = [str(path) for path in data._images]
-        found = [
-            Entry(f"{label}/{os.path.basename(path)}", os.path.getsize(path), os.path.abspath(path))
-            for label, path in zip(labels, paths, strict=True)
-        ]
-        return Found(found)
+        names = [f"{label}/{os.path.basename(path)}" for label, path in zip(labels, paths, strict=True)]
+        place = Place(paths=list(map(os.path.abspath, paths)))
+        return Found(Entries([place], names, [*map(os.path.getsize, paths)], range(len(paths))))
     if name == "stl10":  # (N, 3, H, W); label -1 is none
         images, targets = data.data.transpose(0, 2, 3, 1), data.labels
         return _from_arrays(images, [data.classes[t] if t >= 0 else "" for t in targets])
@@ -114,4 +112,4 @@ def _from_arrays(images: "np.ndarray", labels: Sequence[str]) -> Found:
     """Entries for (N, H, W) or (N, H, W, 3) uint8, named class/number, or by number alone without a label."""
     size = len(portable_pixmap(images[0]))
     names = [f"{label}/{i:06d}.ppm" if label else f"{i:06d}.ppm" for i, label in enumerate(labels)]
-    return Found([Entry(name, size, pixels=image) for name, image in zip(names, images, strict=True)])
+    return Found(Entries([Place(pixels=images)], names, [size] * len(names), range(len(names))))

@@ -1,9 +1,9 @@
 """From a source to square pixels: packed into one memory-mapped file, held in memory, or streamed.
 
 A packed cache is a folder, `<fingerprint>-<side>-v<format>-<content sample>/`, of two files: `images.u8`, the pixels
-(N, R, R, 3), and `index.json`, whose first line is the SHA-256 of the rest. It is made under another name and
-renamed when it is complete: what carries the name is whole, however many processes made it at once and
-whenever one was killed. A finished cache is never written to again.
+(N, R, R, 3), and `index.bin`, whose first line is the SHA-256 of the rest: a line of JSON, then columns. It is made
+under another name and renamed when it is complete: what carries the name is whole, however many processes made it at
+once and whenever one was killed. A finished cache is never written to again.
 
 Where the pixels would not fit on the disk, only the index is kept (`…-index/`), and images are decoded anew each time.
 """
@@ -20,7 +20,7 @@ import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -28,7 +28,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from unlabel.decode import BrokenImage, decode, perceptual_hashes
+from unlabel.decode import BrokenImage, decode_reduced, perceptual_hashes
 from unlabel.errors import UserError
 from unlabel.sources import Source, cache_root
 from unlabel.stores import Changed
@@ -36,19 +36,24 @@ from unlabel.streaming import Streamed
 
 __all__ = ["Index", "load_or_pack"]
 
-_FORMAT = 2  # one more whenever the same file comes to give other pixels, or to be refused
+_FORMAT = 3  # one more whenever the same file comes to give other pixels, or to be refused
 _BLOCK = 1024  # rows copied at a time
-_INDEX_BYTES = 512  # of the index, per image
+_HASHED = 160  # short side in pixels that a large JPEG may be decoded to before it is hashed
+_INDEX_BYTES = 128  # of the index, per image, rounded up
+_COLUMNS = {"rows": ("<i8", ()), "hashes": ("u1", (32,)), "phashes": ("<u8", (2,)), "shapes": ("<i4", (2,))}
 _IN_MEMORY = 1 << 30  # bytes of pixels that are rather held in memory than decoded again and again
 
 
 class Index(NamedTuple):
-    """What is known about the packed images; rows of the source, so that names and labels come from there."""
+    """What is known about the N packed images; rows of the source, so that names and labels come from there.
 
-    rows: list[int]
-    hashes: list[str]
-    phashes: list[tuple[int, int]]
-    shapes: list[tuple[int, int]]
+    `rows` (N,) int64; `hashes` (N, 32) uint8; `phashes` (N, 2) uint64; `shapes` (N, 2) int32; `skipped` (name, reason).
+    """
+
+    rows: np.ndarray
+    hashes: np.ndarray
+    phashes: np.ndarray
+    shapes: np.ndarray
     skipped: list[tuple[str, str]]
 
 
@@ -74,7 +79,7 @@ def load_or_pack(
 
 class _Packed(NamedTuple):
     pixels: bytes
-    hash: str
+    hash: bytes
     phashes: tuple[int, int]
     shape: tuple[int, int]
 
@@ -88,39 +93,57 @@ def _cpus() -> int:
 def _pack_one(load: Callable[[], bytes], side: int) -> _Packed | str:
     """The packed image, or why there is none. Raises OSError if the file is not the one that was listed, or is gone."""
     try:
-        image = decode(load())
+        data = load()
+        shape, image = decode_reduced(data, _HASHED)
+        # What is hashed does not depend on `side`; the same pixels serve where they are fine enough.
+        fine = image if min(image.size) >= min(2 * side, *shape) else decode_reduced(data, 2 * side)[1]
     except BrokenImage as error:
         return str(error)
     except (Changed, FileNotFoundError):
         raise
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    width, height = image.size
-    digest = hashlib.sha256(f"{width}x{height}".encode())
+    digest = hashlib.sha256(f"{shape[0]}x{shape[1]}".encode())
     digest.update(image.tobytes())
-    short = min(width, height)
-    left, top = (width - short) // 2, (height - short) // 2
-    square = (left, top, left + short, top + short)
-    small = image.resize((side, side), Image.Resampling.BICUBIC, square, reducing_gap=3.0)
-    return _Packed(small.tobytes(), digest.hexdigest(), perceptual_hashes(image, square), (width, height))
+    small = fine.resize((side, side), Image.Resampling.BICUBIC, _square(fine), reducing_gap=3.0)
+    return _Packed(small.tobytes(), digest.digest(), perceptual_hashes(image, _square(image)), shape)
+
+
+def _square(image: Image.Image) -> tuple[int, int, int, int]:
+    """The central square: left, top, right, bottom."""
+    short = min(image.size)
+    left, top = ((n - short) // 2 for n in image.size)
+    return left, top, left + short, top + short
 
 
 def _read_index(folder: Path) -> Index | None:
     """None if there is none, or it is damaged."""
     try:
-        checksum, _, body = (folder / "index.json").read_bytes().partition(b"\n")
+        with open(folder / "index.bin", "rb") as file:
+            checksum, body = file.readline().strip(), file.read()
     except OSError:
         return None
     if hashlib.sha256(body).hexdigest().encode() != checksum:
         return None
-    index = Index(**json.loads(body))
-    return index._replace(skipped=[(name, reason) for name, reason in index.skipped])
+    at = body.index(b"\n") + 1
+    about, columns = json.loads(body[:at]), {}
+    for name, (kind, shape) in _COLUMNS.items():
+        count = about["images"] * int(np.prod(shape, dtype=int))
+        columns[name] = np.frombuffer(body, kind, count, at).reshape(-1, *shape)
+        at += columns[name].nbytes
+    return Index(**columns, skipped=[(name, reason) for name, reason in about["skipped"]])
 
 
 def _write_index(folder: Path, index: Index) -> None:
-    body = json.dumps(index._asdict()).encode()
-    with open(folder / "index.json", "wb") as file:
-        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    head = json.dumps({"images": len(index.rows), "skipped": index.skipped}).encode() + b"\n"
+    columns = [np.ascontiguousarray(getattr(index, name), kind).data for name, (kind, _) in _COLUMNS.items()]
+    digest = hashlib.sha256(head)
+    for column in columns:
+        digest.update(column)
+    with open(folder / "index.bin", "wb") as file:
+        file.write(digest.hexdigest().encode() + b"\n" + head)
+        for column in columns:
+            file.write(column)
         file.flush()
         os.fsync(file.fileno())
 
@@ -131,7 +154,7 @@ def _open(folder: Path, side: int) -> tuple[Index, np.ndarray] | None:
     if index is not None:
         shape = (len(index.rows), side, side, 3)
         if data.is_file() and data.stat().st_size == int(np.prod(shape)):
-            images = np.memmap(data, np.uint8, "r", shape=shape) if index.rows else np.zeros(shape, np.uint8)
+            images = np.memmap(data, np.uint8, "r", shape=shape) if len(index.rows) else np.zeros(shape, np.uint8)
             return index, images
     if folder.exists():
         _remove(folder)
@@ -178,7 +201,7 @@ def _without_room(
     if len(source) * side * side * 3 <= _IN_MEMORY:
         return _pack(source, side, None, workers, progress)
     advice = "make room there, set UNLABEL_CACHE to another folder, or use a smaller --image-size"
-    if any(entry.packed for entry in source.entries):
+    if source.packed:
         raise UserError(f"the image cache of {source.spec} {why}, and a compressed archive has no other way: {advice}")
     if progress:
         print(f"the image cache of {source.spec} {why}: images are decoded anew each time, which is slower; {advice}")
@@ -198,17 +221,17 @@ def _without_room(
 
     def make(k: int) -> bytes | str:
         try:
-            packed = _pack_one(source.entries[rows[k]].load, side)
+            packed = _pack_one(source.entry(rows[k]).load, side)
         except OSError as error:
             return str(error.strerror or error)
         if isinstance(packed, str):
             return packed
-        if packed.hash != hashes[k]:  # what was found out about near-duplicates no longer holds
+        if packed.hash != hashes[k].tobytes():  # what was found out about near-duplicates no longer holds
             _remove(kept)
             return "its content has changed; the same command looks at all images again"
         return packed.pixels
 
-    return index, Streamed([source.names[i] for i in rows], side, make, workers)
+    return index, Streamed(source.names.take(rows), side, make, workers)
 
 
 def _pack(source: Source, side: int, folder: Path | None, workers: int, progress: bool) -> tuple[Index, np.ndarray]:
@@ -227,8 +250,8 @@ def _pack(source: Source, side: int, folder: Path | None, workers: int, progress
         with open(temporary / "images.u8", "w+b") as file:
             index = _decode_into(file, source, side, workers, progress)
             file.flush()
-            if index.rows:
-                rows = np.memmap(file, np.uint8, "r+", shape=(index.rows[-1] + 1, side, side, 3))
+            if len(index.rows):
+                rows = np.memmap(file, np.uint8, "r+", shape=(int(index.rows[-1]) + 1, side, side, 3))
                 _compact(rows, index.rows)
                 rows.flush()
                 del rows
@@ -249,7 +272,8 @@ def _decode_into(file: IO[bytes] | None, source: Source, side: int, workers: int
     """Decode in threads (Pillow releases the interpreter lock); image i of the source goes to row i of `file`."""
     from tqdm import tqdm
 
-    packed: dict[int, _Packed] = {}
+    columns = {name: np.zeros((len(source), *shape), kind) for name, (kind, shape) in _COLUMNS.items()}
+    columns["rows"] -= 1
     skipped: list[tuple[str, str]] = []
     waiting: deque[tuple[int, Future[_Packed | str]]] = deque()
     step = side * side * 3
@@ -269,7 +293,9 @@ def _decode_into(file: IO[bytes] | None, source: Source, side: int, workers: int
             if file is not None:
                 file.seek(i * step)
                 file.write(result.pixels)
-            packed[i] = result._replace(pixels=b"")
+            columns["rows"][i] = i
+            columns["hashes"][i] = np.frombuffer(result.hash, np.uint8)
+            columns["phashes"][i], columns["shapes"][i] = result.phashes, result.shape
         bar.update()
 
     with (
@@ -284,20 +310,16 @@ def _decode_into(file: IO[bytes] | None, source: Source, side: int, workers: int
                 finish()
         while waiting:
             finish()
-    rows = sorted(packed)
-    return Index(
-        rows,
-        [packed[i].hash for i in rows],
-        [packed[i].phashes for i in rows],
-        [packed[i].shape for i in rows],
-        sorted(skipped),
-    )
+    if skipped:
+        there = columns["rows"] >= 0
+        columns = {name: column[there] for name, column in columns.items()}
+    return Index(**columns, skipped=sorted(skipped))
 
 
-def _compact(images: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+def _compact(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Move `rows` (ascending) to the front, over the gaps that broken images left; returns that part."""
     if len(rows) < len(images):
         for start in range(0, len(rows), _BLOCK):
-            block = np.asarray(rows[start : start + _BLOCK])
+            block = rows[start : start + _BLOCK]
             images[start : start + len(block)] = images[block]
     return images[: len(rows)]

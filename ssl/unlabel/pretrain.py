@@ -24,6 +24,7 @@ from unlabel.cache import write_skipped
 from unlabel.config import PretrainConfig
 from unlabel.draws import mix, seed_everything
 from unlabel.errors import UserError
+from unlabel.init import begun, fetch, init_of, load_start, start_of
 from unlabel.messages import describe, log_line, not_finite
 from unlabel.order import phase_at
 from unlabel.plan import check_settings, freeze_unused, make_plan
@@ -34,14 +35,12 @@ from unlabel.signals import Stopped, catch_signals
 from unlabel.sources import open_source
 from unlabel.start import (
     content_of,
-    init_of,
     load_images,
     load_weights_of,
     newest_state,
     refuse_other_content,
     refuse_other_side,
     refuse_out_inside_data,
-    start_from,
     with_excluded,
 )
 
@@ -94,12 +93,15 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     run = RunFolder(config.out)
     about = run.read()
     refuse_out_inside_data(config.out, config.data)
+    start = start_of(config.init, config.backbone, config.stem, about and about["settings"])
+    config = replace(config, backbone=start.backbone, stem=start.stem)
 
     # ---- 2. The data, decoded once into the packed cache
-    with distributed.in_turn():  # a named set may have to be downloaded
+    with distributed.in_turn():  # timm's weights, or a named set, may have to be downloaded
+        fetched = None if begun(about, run.checkpoints) else fetch(start)
         source = open_source(config.data)
     fingerprint = with_excluded(source.fingerprint, exclude)
-    settings = {**config.fixed(), "init": init_of(config.init, about)}
+    settings = {**config.fixed(), "init": init_of(start, about, fetched)}
     if about is not None:
         run.same_or_refuse(settings, fingerprint)
         if run.finished():
@@ -118,13 +120,13 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
 
     # ---- 3. The model: one backbone, and the heads of the tasks
     state = newest_state(run, about)
-    begun = None if about is None else state["step"] if state else 0
+    at = None if about is None else state["step"] if state else 0
     distributed.same_everywhere(
-        (fingerprint[:12], content[:12], begun), "the processes do not see the same --data and --out"
+        (fingerprint[:12], content[:12], at), "the processes do not see the same --data and --out"
     )
-    backbone = build_backbone(config.backbone, image_size, config.stem, config.seed, config.flip)
-    if config.init is not None and state is None:
-        start_from(backbone, config.init)
+    backbone = build_backbone(start.backbone, image_size, start.stem, config.seed, config.flip)
+    if state is None:
+        load_start(start, backbone, fetched, say)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(config.seed, "heads"))
         tasks = {n: cls(backbone, cls.Config(**config.task_settings.get(n, {}))) for n, cls in classes.items()}
@@ -142,7 +144,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
         data = {"spec": list(config.data), "images": len(cache.names), "skipped": len(cache.skipped)}
         data |= {"side": cache.side, "content": content}
         data["shown_as"] = sorted({cls.sees for cls in classes.values()})
-        run.begin(settings, config.free(), resolved, fingerprint, data)
+        run.begin(settings, config.free() | start.named(), resolved, fingerprint, data)
     describe(say, config, plan, cache, model, device)
 
     # ---- 4. Resume, optimisers, DDP

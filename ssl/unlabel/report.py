@@ -4,8 +4,10 @@ The page needs no network and runs no script: charts are inline SVG, pictures ar
 policy forbids everything else. Whatever comes from the data (names of classes, files, arms, settings) is
 escaped. Free of torch.
 
-The parts: `report_text` (the answer, the plain table), `report_plots` and `report_charts` (SVG),
-`report_results` and `report_origin` (the two halves of the page), `report.css` (light, dark and print).
+The parts: `report_text` (the answer, the plain table), `report_choice` (the answer where weights were given),
+`report_plots` and `report_charts` (SVG),
+`report_results` and `report_origin` (the two halves of the page), `report_label_free` (between them),
+`report.css` (light, dark and print).
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from unlabel import report_charts, report_origin, report_results
+from unlabel import report_charts, report_label_free, report_origin, report_results
 from unlabel.errors import UserError
 from unlabel.page import css, write_page
-from unlabel.report_text import answer, format_table, title
+from unlabel.report_choice import answer, title
+from unlabel.report_label_free import format_label_free
+from unlabel.report_text import format_table
 
-__all__ = ["accuracy_svg", "answer", "format_table", "write_report"]
+__all__ = ["accuracy_svg", "answer", "format_label_free", "format_table", "write_report"]
 
 
 def write_report(folder: Path) -> Path:
@@ -36,6 +40,7 @@ def write_report(folder: Path) -> Path:
             report_results.accuracy(results),
             report_results.differences(results),
             report_results.stages(results),
+            report_label_free.label_free(results),
             report_results.pictures(folder, results),
             report_origin.pretraining(runs, results),
             report_origin.cost(results),

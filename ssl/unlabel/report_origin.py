@@ -12,6 +12,7 @@ from typing import Any
 
 from unlabel.page import data_uri
 from unlabel.report_charts import Run, run_panels
+from unlabel.report_choice import given_arm
 from unlabel.report_html import html_figure, html_table, show, typeset
 from unlabel.report_plots import Style, styles
 from unlabel.report_text import (
@@ -37,6 +38,10 @@ _ABOUT_CONTROLS = {
     "patches": "k-means on small whitened patches: a shallow method that a deep one must beat.",
     "pixels": "Principal components of the raw pixels: how far one gets without a network.",
 }
+_ABOUT_GIVEN = (
+    "Weights from elsewhere, frozen or fine-tuned like the others, without any pretraining here: pretraining has to "
+    "beat them to be worth its minutes."
+)
 
 
 def pretraining(runs: Sequence[Run], results: dict[str, Any]) -> str:
@@ -105,10 +110,19 @@ def cost(results: dict[str, Any]) -> str:
     machine += [f"{hardware['threads']} threads"] if hardware.get("threads") else []
     memory = number(hardware.get("memory_gb"))
     machine += [f"{memory:.0f} GB of memory"] if memory else []
-    said = (f"On {escape(', '.join(machine))}." if machine else "") + grey
+    said = (f"On {escape(', '.join(machine))}." if machine else "") + grey + _started_from(found)
     about = f'<p class="small">{said.strip()}</p>' if said else ""
     table = html_table(["arm", *_COST, "backbone", "image size"], lines, right=frozenset(range(1, 5)))
     return "<h2>What pretraining cost</h2>\n" + table + about
+
+
+def _started_from(runs: dict[str, Any]) -> str:
+    """Which arms began with which weights, as HTML."""
+    entries = [
+        (arm, e) for arm, es in runs.items() for e in (es if isinstance(es, list) else []) if isinstance(e, dict)
+    ]
+    pairs = unique(f"{escape(str(arm))} from {escape(str(e['init']))}" for arm, e in entries if e.get("init"))
+    return f" Started from given weights: {'; '.join(pairs)}." if pairs else ""
 
 
 # column: (key, digits)
@@ -183,6 +197,8 @@ def reading(results: dict[str, Any]) -> str:
     )
     items = [("A 95 % interval", over), ("Two bands that overlap", twins), ("Exploratory", luck)]
     items += [(protocol_name(p), _ABOUT_PROTOCOLS[p]) for p in protocols_of(summary) if p in _ABOUT_PROTOCOLS]
+    given = given_arm(results)
+    items += [(f"{given} (as given)", _ABOUT_GIVEN)] if given in arms_of(summary) else []
     items += [(f"{arm} (a control)", _ABOUT_CONTROLS[arm]) for arm in arms_of(summary) if arm in CONTROLS]
     body = "".join(f"<dt>{typeset(term)}</dt><dd>{typeset(text)}</dd>" for term, text in items)
     return f"<h2>How to read this</h2>\n<dl>{body}</dl>"

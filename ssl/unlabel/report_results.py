@@ -8,11 +8,11 @@ from typing import Any
 
 from unlabel.page import figure
 from unlabel.report_charts import accuracy_panels, stage_panels
+from unlabel.report_choice import answer, given_arm, title
 from unlabel.report_html import colour_key, html_figure, html_table, scroll, show, typeset
 from unlabel.report_plots import Style, strip, styles
 from unlabel.report_text import (
     Row,
-    answer,
     arms_of,
     cell,
     comparisons,
@@ -26,11 +26,11 @@ from unlabel.report_text import (
     rows_of,
     section,
     sign,
-    title,
     unique,
     verdict,
 )
 
+_HOW_MANY = {1: "One comparison was", 3: "Three comparisons were"}
 _VERDICT = {1: ("helps", "▲"), -1: ("not", "▼"), 0: ("open", "○")}  # class and symbol: colour is not enough
 
 
@@ -45,7 +45,7 @@ def head(results: dict[str, Any]) -> str:
     if row is not None:
         same = {"protocol": row.get("protocol"), "labels_per_class": row.get("labels_per_class")}
         texts = []
-        for name in (row.get("arm"), row.get("versus")):
+        for name in filter(None, (row.get("arm"), given_arm(results), row.get("versus"))):
             found = find(rows_of(results, "summary"), arm=name, **same)
             texts += [f"{escape(str(name))} {_interval(found)}"] if found else []
         if texts:
@@ -129,7 +129,8 @@ def differences(results: dict[str, Any]) -> str:
         body += f'<tr class="{kind}"><th scope="colgroup" colspan="5">{escape(name)}</th></tr>'
         body += "".join(_difference(row, ends, look[str(row.get("arm"))]) for row in rows)
     about = (
-        "One comparison was named before the test labels were read; all others are exploratory."
+        f"{_HOW_MANY.get(len(named), 'Some comparisons were')} named before the test labels were read; all others are "
+        "exploratory."
         if named
         else "No comparison was named beforehand, so all of them are exploratory."
     )

@@ -19,7 +19,7 @@ CONTROLS = {
     "patches": "k-means on patches",
     "pixels": "PCA on pixels",
 }
-_ACCURACY_OF = {"linear": "linear-probe accuracy", "knn": "k-NN accuracy", "finetune": "fine-tuned accuracy"}
+ACCURACY_OF = {"linear": "linear-probe accuracy", "knn": "k-NN accuracy", "finetune": "fine-tuned accuracy"}
 
 
 def rows_of(results: dict[str, Any], key: str) -> list[Row]:
@@ -164,7 +164,8 @@ def title(results: dict[str, Any]) -> str:
     """The answer as a headline of one short line."""
     row = primary_row(results)
     if row is None:
-        return "What the labels bought"
+        alone = rows_of(results, "label_free") and not rows_of(results, "summary")
+        return "Scores without labels" if alone else "What the labels bought"
     subject, points = f"{row.get('arm')} pretraining", 100 * float(row["difference"])
     if sign(row) == 0:
         return f"These labels cannot tell whether {subject} helps"
@@ -178,7 +179,7 @@ def answer(results: dict[str, Any]) -> str:
     if row is None:
         return _answer_without_control(results)
     low, high, points = number(row.get("ci_low")), number(row.get("ci_high")), 100 * float(row["difference"])
-    what = _ACCURACY_OF.get(str(row.get("protocol")), "accuracy")
+    what = ACCURACY_OF.get(str(row.get("protocol")), "accuracy")
     versus = CONTROLS.get(str(row.get("versus")), str(row.get("versus")))
     start, subject = f"With {labels_phrase(row.get('labels_per_class'))}", f"{row.get('arm')} pretraining"
     end = f"{basis(results, row)}."
@@ -200,8 +201,10 @@ def answer(results: dict[str, Any]) -> str:
 def _answer_without_control(results: dict[str, Any]) -> str:
     row = _middle([row for row in rows_of(results, "summary") if number(row.get("mean")) is not None])
     if row is None:
+        if rows_of(results, "label_free"):
+            return "No accuracy was measured, only what needs no labels."
         return "There is no accuracy to report yet."
-    what = _ACCURACY_OF.get(str(row.get("protocol")), "accuracy")
+    what = ACCURACY_OF.get(str(row.get("protocol")), "accuracy")
     start = f"With {labels_phrase(row.get('labels_per_class'))}, {row.get('arm')}"
     end = f"{basis(results, row)}; there is no control to compare it with."
     return f"{start} reaches a {what} of {cell(row)} %, {end}"

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import io
 import itertools
+import operator
 import os
 import re
 import statistics
@@ -18,8 +19,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from unlabel.columns import Names
 from unlabel.errors import UserError
-from unlabel.listing import Entry, Found, list_folder, unpacked
+from unlabel.listing import Entries, Entry, Found, joined, list_folder, unpacked
 from unlabel.named import DATASETS, SPLITS, cache_root, open_named, own_test_split
 from unlabel.stores import Changed, file_state, is_url
 from unlabel.tar_index import in_parallel, list_archives, list_url, url_matches
@@ -38,43 +42,54 @@ _MOST_LABELS = 1 << 28  # bytes of a CSV of labels
 class Source:
     """Images by index, in the order of their names.
 
-    Attributes: `spec` as the user wrote it; `names` relative to the source; `sizes` in bytes; `labels` per
+    Attributes: `spec` as the user wrote it; `names` relative to the source; `sizes` (N,) int64 in bytes; `labels` per
     image (the first-level folder, or from a CSV), None where an image has none; `skipped` (name, reason) of
     what could not even be listed; `ignored`, the number of files that are not images by their suffix;
-    `left_out`, the number of images without a label in the CSV.
+    `left_out`, the number of images without a label in the CSV; `packed`, whether some are in a compressed archive.
     """
 
     def __init__(
         self,
         spec: str,
-        entries: Sequence[Entry],
+        entries: Entries,
         skipped: Sequence[tuple[str, str]] = (),
         ignored: int = 0,
         csv_labels: dict[str, str] | None = None,
     ) -> None:
-        kept = [e for e in entries if csv_labels is None or e.name in csv_labels]
+        names = entries.names
+        order = _in_order(names, entries.sizes)
+        if csv_labels is not None:
+            order = [i for i in (range(len(names)) if order is None else order) if names[i] in csv_labels]
+        rows = slice(None) if order is None else np.array(order, np.int64)  # a slice copies nothing
         self.spec = spec
-        self.entries = sorted(kept, key=lambda entry: (entry.name, entry.size))
-        self.names = [entry.name for entry in self.entries]
-        self.sizes = [entry.size for entry in self.entries]
+        self.names = Names(names if order is None else map(names.__getitem__, order))
+        self.sizes, self._offsets = entries.sizes[rows], entries.offsets[rows]
+        self._places, self._place = entries.places, entries.place[rows]
+        self.packed = any(place.packed for place in self._places)
         self.skipped = list(skipped)
         self.ignored = ignored
-        self.left_out = len(entries) - len(kept)
-        self.outside = [name for name in self.names if "/" not in name]  # in no class folder
+        self.left_out = len(names) - len(self.names)
         self.labels: list[str] | None = None
+        outside = [] if csv_labels is not None else [name for name in names if "/" not in name]  # in no class folder
+        self._outside = (len(outside), min(outside, default=""))
         if csv_labels is not None:
-            self.labels, self.outside = [csv_labels[name] for name in self.names], []
-        elif not self.outside:
-            self.labels = [name.split("/", 1)[0] for name in self.names]
+            self.labels = [csv_labels[name] for name in self.names]
+        elif not outside:
+            one = dict[str, str]()  # string for all images of a class
+            self.labels = [one.setdefault(label := name.split("/", 1)[0], label) for name in self.names]
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.sizes)
+
+    def entry(self, i: int) -> Entry:
+        """Image i: its name, its size in bytes, and where it lies."""
+        return self._places[self._place[i]].entry(self.names[i], int(self.sizes[i]), int(self._offsets[i]))
 
     def require_labels(self) -> list[str]:
         """The label of every image. Raises UserError if one has none or there are fewer than two classes."""
         advice = "put the images of each class in a folder of its own, or give --labels FILE.csv (name,label)"
         if self.labels is None:
-            some = "no image is" if len(self.outside) == len(self) else f"{self.outside[0]!r} is not"
+            some = "no image is" if self._outside[0] == len(self) else f"{self._outside[1]!r} is not"
             raise UserError(f"{self.spec}: {some} in a class folder; {advice}")
         if len(classes := set(self.labels)) < 2:
             raise UserError(f"{self.spec} has only one class, {classes.pop()!r}, and two are needed; {advice}")
@@ -83,9 +98,10 @@ class Source:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the sorted (relative name, size): where the images lie does not matter."""
-        digest = hashlib.sha256()
-        for name, size in zip(self.names, self.sizes, strict=True):
-            digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogatepass"))
+        digest, lines = hashlib.sha256(), zip(self.names, self.sizes.tolist(), strict=True)
+        while block := list(itertools.islice(lines, 4096)):
+            text = "".join([f"{name}\0{size}\n" for name, size in block])
+            digest.update(text.encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     def read(
@@ -96,23 +112,20 @@ class Source:
         The functions may be called in other threads, so that files are read in parallel. A compressed
         archive is unpacked once, by the iteration itself.
         """
-        wanted = range(len(self)) if indices is None else indices
-        order = sorted(wanted, key=lambda i: (self.entries[i].path, self.entries[i].offset))
-        for (path, packed), group in itertools.groupby(
-            order,
-            key=lambda i: (self.entries[i].path if self.entries[i].packed else "", self.entries[i].packed),
-        ):
-            if not packed:
-                for i in group:
-                    yield i, functools.partial(self.entries[i].load, limit)
+        wanted = np.arange(len(self)) if indices is None else np.asarray(indices, np.int64)
+        order = wanted[np.lexsort((wanted, self._offsets[wanted], self._place[wanted]))]
+        for at in np.split(order, np.flatnonzero(np.diff(self._place[order])) + 1) if len(order) else ():
+            place = self._places[self._place[at[0]]]
+            if not place.packed:
+                for i in map(int, at):
+                    yield i, functools.partial(_load, self, i, limit)
                 continue
-            members = list(group)
-            with unpacked(path) as stream:
-                if self.entries[members[0]].archive != file_state(path):
-                    raise Changed(f"{path} has changed since it was listed")
-                for i in members:
-                    stream.seek(self.entries[i].offset)
-                    data = stream.read(self.entries[i].size)
+            with unpacked(place.path) as stream:
+                if place.archive != file_state(place.path):
+                    raise Changed(f"{place.path} has changed since it was listed")
+                for i in map(int, at):
+                    stream.seek(int(self._offsets[i]))
+                    data = stream.read(int(self.sizes[i]))
                     yield i, functools.partial(bytes, data if limit is None else data[:limit])
 
     @functools.cached_property
@@ -125,7 +138,7 @@ class Source:
             with contextlib.suppress(OSError):
                 heads[i] = load()
         sides = [side for i in indices if (side := _short_side(heads.get(i, b"")))]
-        if not sides and not any(entry.packed for entry in self.entries):
+        if not sides and not self.packed:
             for _, load in self.read(indices):  # some TIFFs keep their header at the end
                 with contextlib.suppress(OSError):
                     sides.append(_short_side(load()))
@@ -151,6 +164,20 @@ class Source:
         return self._sample[1]
 
 
+def _load(source: Source, i: int, limit: int | None) -> bytes:
+    return source.entry(i).load(limit)
+
+
+def _in_order(names: Sequence[str], sizes: np.ndarray) -> list[int] | None:
+    """Rows by name, and where names coincide by size. None if they are in that order: a folder's mostly are."""
+    if all(map(operator.lt, names, itertools.islice(names, 1, None))):
+        return None
+    order = sorted(range(len(names)), key=names.__getitem__)
+    if len(set(names)) < len(names):
+        order.sort(key=lambda i: (names[i], sizes[i]))
+    return order
+
+
 def open_source(specs: str | Sequence[str], labels: Path | None = None, elsewhere: Sequence[str] = ()) -> Source:
     """The images of one or several SOURCEs together.
 
@@ -163,19 +190,16 @@ def open_source(specs: str | Sequence[str], labels: Path | None = None, elsewher
     specs = [specs] if isinstance(specs, str) else list(specs)
     if not specs:
         raise UserError("no source given; name a folder of images, a .tar, or a data set")
-    found = Found()
+    parts: list[Found] = []
     for spec in specs:
         part = _list_spec(spec)
-        if not part.entries:
+        if not len(part.entries):
             more = f"; {part.ignored:,} other files were ignored" if part.ignored else ""
             more += f"; {part.skipped[0][0]!r}: {part.skipped[0][1]}" if part.skipped else ""
             raise UserError(f"there are no images in {spec}{more}; give a folder that holds images, at any depth")
-        found.entries += part.entries
-        found.skipped += part.skipped
-        found.ignored += part.ignored
-    csv_labels = (
-        None if labels is None else read_labels(Path(labels), [entry.name for entry in found.entries], elsewhere)
-    )
+        parts.append(part)
+    found = joined(parts)
+    csv_labels = None if labels is None else read_labels(Path(labels), found.entries.names, elsewhere)
     return Source(" ".join(specs), found.entries, found.skipped, found.ignored, csv_labels)
 
 

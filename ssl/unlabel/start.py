@@ -1,4 +1,4 @@
-"""What a run starts from: its images, another run's backbone, its own newest checkpoint."""
+"""What a run starts from: its images, its own newest checkpoint. Weights that are given: init.py."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 
 from unlabel import checkpoint, distributed
-from unlabel.backbone import Backbone, load_weights
 from unlabel.cache import ImageCache, TooManyBroken, cache_side, load_cache, write_skipped
 from unlabel.config import PretrainConfig
 from unlabel.errors import UserError
 from unlabel.runfolder import RunFolder
 
-__all__ = ["content_of", "init_of", "load_images", "load_weights_of", "newest_state", "refuse_other_content"]
-__all__ += ["refuse_addresses", "refuse_other_side", "refuse_out_inside_data", "start_from", "with_excluded"]
+__all__ = ["content_of", "load_images", "load_weights_of", "newest_state", "refuse_other_content"]
+__all__ += ["refuse_addresses", "refuse_other_side", "refuse_out_inside_data", "with_excluded"]
 
 
 def refuse_out_inside_data(out: Path, specs: Sequence[str | None]) -> None:
@@ -41,17 +40,6 @@ def newest_state(run: RunFolder, about: dict[str, Any] | None) -> dict[str, Any]
     if about is None and any(run.checkpoints.glob("step-*.pt")):
         raise UserError(f"{run.path} has checkpoints but no config.json: choose another --out")
     return checkpoint.load_newest(run.checkpoints)
-
-
-def init_of(init: Path | None, about: dict[str, Any] | None) -> str | None:
-    """What --init stands for in config.json: its content, wherever it lies. A continued run no longer needs it."""
-    if init is None:
-        return None
-    old = about["settings"].get("init") if about else None
-    product = init / "backbone.safetensors"
-    if old and (old.startswith("checkpoint of ") or not product.exists()):
-        return old
-    return checkpoint.file_sha256(product) if product.exists() else f"checkpoint of {init.resolve().name}"
 
 
 def refuse_other_side(about: dict[str, Any], side: int, image_size: int) -> None:
@@ -84,20 +72,6 @@ def load_weights_of(state: dict[str, Any], model: Any) -> None:
         raise UserError(
             f"the checkpoint is of another version of this task ({str(error).splitlines()[-1].strip()}): start it anew "
             "in another --out (--init takes over its backbone)"
-        ) from None
-
-
-def start_from(backbone: Backbone, run: Path) -> None:
-    """Another run's backbone: its product, or where it was stopped before the end, its newest checkpoint."""
-    if (run / "backbone.safetensors").exists() or not (run / "checkpoints").is_dir():
-        return load_weights(backbone, run / "backbone.safetensors")
-    state = checkpoint.load_newest(run / "checkpoints") or {"model": {}}
-    weights = {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}
-    try:
-        backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"the checkpoint in {run} does not fit --backbone ({str(error).splitlines()[-1].strip()})"
         ) from None
 
 

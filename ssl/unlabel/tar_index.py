@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from unlabel.errors import UserError
-from unlabel.listing import MAX_BYTES, Entry, Found, is_image_name, list_archive, too_large
+from unlabel.listing import MAX_BYTES, Entries, Found, Place, is_image_name, joined, list_archive, too_large
 from unlabel.named import cache_root
 from unlabel.stores import Missing, State, file_state, filesystem, is_url, reaching
 
@@ -47,12 +47,7 @@ def in_parallel(function: Callable[[str], R], items: Sequence[str]) -> list[R]:
 
 def list_archives(paths: Sequence[str]) -> Found:
     """What the archives hold, one after the other: as `list_archive` finds it, or found before."""
-    found = Found()
-    for part in in_parallel(_list_kept, paths):
-        found.entries += part.entries
-        found.skipped += part.skipped
-        found.ignored += part.ignored
-    return found
+    return joined(in_parallel(_list_kept, paths))
 
 
 def _list_kept(path: str) -> Found:
@@ -84,10 +79,10 @@ def _write(file: Path, found: Found, state: State) -> None:
     columns = {
         "format": _FORMAT,
         "state": state,
-        "names": [e.name for e in found.entries],
-        "sizes": [e.size for e in found.entries],
-        "offsets": [e.offset for e in found.entries],
-        "packed": any(e.packed for e in found.entries),
+        "names": found.entries.names,
+        "sizes": found.entries.sizes.tolist(),
+        "offsets": found.entries.offsets.tolist(),
+        "packed": found.entries.places[0].packed,
         "skipped": found.skipped,
         "ignored": found.ignored,
     }
@@ -110,9 +105,8 @@ def _read(file: Path, path: str, state: State) -> Found | None:
         kept = json.loads(zlib.decompress(body))
         if kept["format"] != _FORMAT or tuple(kept["state"]) != state:
             return None
-        place, packed = path if is_url(path) else os.path.abspath(path), kept["packed"]
-        members = zip(kept["names"], kept["sizes"], kept["offsets"], strict=True)
-        entries = [Entry(name, size, place, offset, packed, None, state) for name, size, offset in members]
+        place = Place(path if is_url(path) else os.path.abspath(path), kept["packed"], state)
+        entries = Entries([place], kept["names"], kept["sizes"], kept["offsets"])
         return Found(entries, [(name, reason) for name, reason in kept["skipped"]], kept["ignored"])
     except (OSError, ValueError, KeyError, TypeError, zlib.error):
         return None
@@ -142,7 +136,7 @@ def list_url(url: str) -> Found:
         sizes = {path: info.get("size") for path, info in files.items()}
         unknown = [path for path, size in sizes.items() if size is None]  # a page of links tells none
         sizes |= dict(zip(unknown, in_parallel(lambda path: fs.info(path).get("size"), unknown), strict=True))
-    found = Found()
+    found, names, paths = Found(), list[str](), list[str]()
     for path in sorted(files):
         inner = path.removeprefix(root).lstrip("/")
         # The path of a web address is quoted, and a name is not.
@@ -156,5 +150,11 @@ def list_url(url: str) -> Found:
         elif int(sizes[path]) > MAX_BYTES:
             found.skipped.append((name, too_large(int(sizes[path]))))
         else:
-            found.entries.append(Entry(name, int(sizes[path]), f"{url.rstrip('/')}/{inner}"))
+            names.append(name)
+            paths.append(path)
+    base = url.rstrip("/")
+    quoted = [f"{base}/{path.removeprefix(root).lstrip('/')}" for path in paths] if url.startswith("http") else None
+    place = Place(base, paths=quoted)
+    rows = range(len(paths)) if quoted else None
+    found.entries = Entries([place], names, [int(sizes[p]) for p in paths], rows)
     return found

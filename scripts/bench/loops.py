@@ -1,0 +1,295 @@
+"""Contenders of the benchmark: training as fast as it can be, by ``unlabel pretrain``, and as a person would write it.
+
+All train the same modules, the pretext task with its head on the same backbone, on the same images with the same batch
+size. They run in turns, block by block, so that a machine that is slower for a while is so for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from peers import Blocks, Measure, Unavailable, batches, lightly_epochs, stable_pretraining_epochs
+from torch import Tensor, nn
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from pretext import load_task
+from pretext.task import Batch
+from unlabel import optim
+from unlabel.backbone import build_backbone, channels_last
+from unlabel.batches import Batches
+from unlabel.cache import ImageCache, load_cache
+from unlabel.config import PretrainConfig
+from unlabel.draws import Draws
+from unlabel.plan import Plan
+from unlabel.precision import autocast, pick_precision
+from unlabel.pretrain import Together, pretrain
+from unlabel.runfolder import RunFolder
+from unlabel.sources import open_source
+
+__all__ = ["Setting", "best_workers", "race", "same_speed_for_more_images"]
+
+CPU = torch.device("cpu")
+EPOCH = 20_000  # images: how often the loop saves a checkpoint, as it would with so many
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on what. ``images`` (of ``folder``, all of them) are an epoch, and a contender's block."""
+
+    task: str
+    network: str
+    folder: Path
+    images: int
+    size: int = 64
+
+    @property
+    def batch_size(self) -> int:
+        return load_task(self.task).recipe.batch_size
+
+    def model(self) -> Together:
+        torch.manual_seed(0)
+        backbone = build_backbone(self.network, self.size)
+        cls = load_task(self.task)
+        return Together(backbone, {self.task: cls(backbone, cls.Config())}, (1.0,)).train()
+
+    def batches(self, cache: ImageCache) -> Batches:
+        """The library's own, for a loop of our own."""
+        recipe = load_task(self.task).recipe
+        made = Batches(cache, PretrainConfig((self.task,), (str(self.folder),), Path()), True, CPU)
+        made.plan = Plan(
+            self.size, recipe.batch_size, 10_000, recipe.lr, recipe.weight_decay, recipe.optimizer, recipe.schedule,
+            recipe.crop, False, pick_precision("auto", CPU),
+        )  # fmt: skip
+        return made
+
+    def own_step(self) -> Callable[[Batch], None]:
+        """Forward, backward, update, in the best precision and layout of this machine."""
+        recipe, model, precision = load_task(self.task).recipe, channels_last(self.model()), pick_precision("auto", CPU)
+        groups = [g for task in model.tasks.values() for g in task.param_groups()]  # type: ignore[operator]
+        optimizers = optim.make_optimizers(model.backbone, groups, recipe.optimizer, recipe.lr, recipe.weight_decay)
+
+        def step(batch: Batch) -> None:
+            with autocast(CPU, precision):
+                loss, _ = model(batch)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+
+class Views(nn.Module):
+    """The task as a network of (N, 3, S, S): with a head, a loss, and images that a peer has made."""
+
+    def __init__(self, model: Together) -> None:
+        super().__init__()
+        self.model, self.seen = model, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen += 1
+        return self.model(Batch(images, Draws(0, [self.seen] * len(images), range(len(images))), 0.5))[0]
+
+
+def limit(setting: Setting, cache: ImageCache) -> Measure:
+    """Steps on one batch that is already in memory."""
+    step, batch = setting.own_step(), setting.batches(cache)(0, 0.5)
+    return partial(_blocks, step, iter(lambda: batch, None), setting.batch_size, 0)
+
+
+def plain(setting: Setting, workers: int, by_hand: bool) -> Measure:
+    """``ImageFolder``, ``DataLoader``, torchvision's transforms, a loop in fp32; ``by_hand``: bf16, channels-last."""
+    area = load_task(setting.task).recipe.crop
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(setting.size, scale=area, ratio=(1.0, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+        ]
+    )
+    loader = batches(ImageFolder(str(setting.folder), transform), setting.batch_size, workers)
+    model = Views(setting.model())
+    model = channels_last(model) if by_hand else model
+    updates = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def forever() -> Iterator[Tensor]:
+        while True:
+            for images, _ in loader:
+                yield images.to(memory_format=torch.channels_last) if by_hand else images
+
+    def step(images: Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=by_hand):
+            loss = model(images)
+        updates.zero_grad()
+        loss.backward()
+        updates.step()
+
+    return partial(_blocks, step, forever(), setting.batch_size, workers)
+
+
+def _blocks(step: Callable, feed: Iterator, batch_size: int, workers: int, images: int, blocks: int, on_block) -> None:
+    timer = Blocks(images, blocks, batch_size, workers, on_block)
+    for _ in range(timer.total):
+        step(next(feed))
+        timer.step_done()
+
+
+def lightly(setting: Setting, workers: int) -> Measure:
+    model, adamw = Views(setting.model()), partial[torch.optim.Optimizer](torch.optim.AdamW, lr=1e-3)
+    return lightly_epochs(setting.folder, setting.size, setting.batch_size, model, adamw, workers)
+
+
+def stable_pretraining(setting: Setting, workers: int) -> Measure:
+    model, adamw = Views(setting.model()), partial[torch.optim.Optimizer](torch.optim.AdamW, lr=1e-3)
+    return stable_pretraining_epochs(setting.folder, setting.size, setting.batch_size, model, adamw, workers)
+
+
+def unlabel_run(setting: Setting, epochs: int, on_epoch: Callable[[float, int], None]) -> None:
+    """The real command, from an empty cache: ``on_epoch`` gets the seconds of each epoch.
+
+    The first begins when the command does, and packs the images. Between the epochs others may run: that is not timed.
+    """
+    epoch = setting.images // setting.batch_size
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = os.environ.get("UNLABEL_CACHE")
+        os.environ["UNLABEL_CACHE"] = f"{temporary}/cache"
+        config = PretrainConfig(
+            (setting.task,), (str(setting.folder),), Path(temporary) / "run", backbone=setting.network,
+            image_size=setting.size, epochs=epochs, log_every=epoch, progressive=False, device="cpu",
+            checkpoint_every=max(1, EPOCH // setting.batch_size),
+        )  # fmt: skip
+        log, begun = RunFolder.log, time.perf_counter()
+
+        def logged(self: RunFolder, line: dict) -> None:
+            nonlocal begun
+            log(self, line)
+            on_epoch(time.perf_counter() - begun, epoch * setting.batch_size)
+            begun = time.perf_counter()
+
+        RunFolder.log = logged
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                begun = time.perf_counter()
+                pretrain(config)
+        finally:
+            RunFolder.log = log
+            os.environ.pop("UNLABEL_CACHE")
+            os.environ |= {} if kept is None else {"UNLABEL_CACHE": kept}
+
+
+class InTurns:
+    """A contender that owns its loop, in a thread of its own that runs for one block at a time."""
+
+    def __init__(self, run: Callable[[Callable[[float, int], None]], None]) -> None:
+        self._go, self._found = threading.Semaphore(0), queue.Queue()
+
+        def on_block(seconds: float, images: int) -> None:
+            self._found.put((seconds, images))
+            self._go.acquire()
+
+        def work() -> None:
+            self._go.acquire()
+            try:
+                run(on_block)
+                self._found.put(RuntimeError("it ended before its last block"))
+            except BaseException as error:
+                self._found.put(error)
+
+        self._thread = threading.Thread(target=work, daemon=True)
+        self._thread.start()
+
+    def __call__(self) -> tuple[float, int]:
+        """Seconds and images of the next block."""
+        self._go.release()
+        found = self._found.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+
+def race(setting: Setting, rounds: int, workers: dict[str, int], peers: bool) -> dict[str, list[float] | str]:
+    """Images per second of every contender in each round; for a peer that cannot be had, why not."""
+    cache = load_cache(open_source(str(setting.folder)), setting.size, progress=False, write=False)
+    contenders: dict[str, Callable[[], Measure]] = {
+        "limit": partial(limit, setting, cache),
+        "plain_fp32": partial(plain, setting, workers["plain_fp32"], False),
+        "plain_bf16": partial(plain, setting, workers["plain_bf16"], True),
+    }
+    if peers:
+        contenders["lightly"] = partial(lightly, setting, workers["plain_fp32"])
+        contenders["stable_pretraining"] = partial(stable_pretraining, setting, workers["plain_fp32"])
+    turns: dict[str, Callable[[], tuple[float, int]]] = {}
+    found: dict[str, list[float] | str] = {}
+    for name, make in contenders.items():
+        try:
+            measure = make()
+        except Unavailable as reason:
+            found[name] = str(reason)
+            continue
+        turns[name] = partial(_once, measure, setting.images)
+        if name == "stable_pretraining":  # a call is a run of its own
+            turns[name] = InTurns(lambda on_block, m=measure: m(setting.images, rounds, on_block))
+    speeds: dict[str, list[float]] = {"first": [], "later": [], **{name: [] for name in turns}}
+
+    def on_epoch(seconds: float, images: int) -> None:
+        speeds["later" if speeds["first"] else "first"].append(images / seconds)
+        for name, turn in turns.items() if speeds["later"] else ():
+            seconds, images = turn()
+            speeds[name].append(images / seconds)
+
+    unlabel_run(setting, rounds + 1, on_epoch)
+    return {**{n: [round(v, 2) for v in values] for n, values in speeds.items()}, **found}
+
+
+def _once(measure: Measure, images: int) -> tuple[float, int]:
+    block: list[tuple[float, int]] = []
+    measure(images, 1, lambda seconds, count: block.append((seconds, count)))
+    return block[0]
+
+
+def best_workers(setting: Setting) -> dict[str, int]:
+    """Loader processes with which the loop that a person would write is fastest: as many as cores, fewer, or none."""
+    best = {}
+    for name, by_hand in (("plain_fp32", False), ("plain_bf16", True)):
+        speed = {}
+        for workers in {0, 1, os.cpu_count() or 1}:
+            seconds, images = _once(plain(setting, workers, by_hand), setting.images // 4)
+            speed[workers] = images / seconds
+        best[name] = max(speed, key=speed.__getitem__)
+    return best
+
+
+def same_speed_for_more_images(setting: Setting, more: Path, rounds: int, steps: int = 8) -> list[float]:
+    """Time per image with the images of ``more``, over that with the images of ``setting``: one ratio per round."""
+    step, ratios = setting.own_step(), []
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = os.environ.get("UNLABEL_CACHE")
+        os.environ["UNLABEL_CACHE"] = temporary
+        feeds = [
+            setting.batches(load_cache(open_source(str(f)), setting.size, progress=False))
+            for f in (setting.folder, more)
+        ]
+        for k in range(rounds + 1):
+            seconds = []
+            for feed in feeds:
+                begun = time.perf_counter()
+                for s in range(k * steps, (k + 1) * steps):
+                    step(feed(s, 0.5))
+                seconds.append(time.perf_counter() - begun)
+            ratios += [seconds[1] / seconds[0]] if k else []  # the first is a warm-up
+        del feeds
+        os.environ.pop("UNLABEL_CACHE")
+        os.environ |= {} if kept is None else {"UNLABEL_CACHE": kept}
+    return ratios
