@@ -414,6 +414,15 @@ def test_a_second_interrupt_leaves_in_the_middle_of_a_long_call():
     assert errors.strip() == "unlabel: interrupted"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there is no fork")
+def test_the_loop_ends_where_a_process_was_forked_in_it():
+    """As by a DataLoader. The child holds what the parent has closed."""
+    code = "import os, time; from unlabel.signals import catch_signals\nwith catch_signals():\n"
+    code += "    child = os.fork()\n    child or time.sleep(600)\nprint('over', flush=True); os.kill(child, 9)"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("over\n", 0)
+
+
 @pytest.mark.parametrize("tasks", [tuple(t for t in TASKS if t != "stacked"), ("stacked",)])
 def test_two_processes_equal_one_and_continue_its_run(tasks, digits_folder: Path, tmp_path: Path, monkeypatch):
     """Same global batch, order and draws: after 20 steps the weights agree. LayerNorm, so no batch statistics.

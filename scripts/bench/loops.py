@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
-import queue
+import subprocess
+import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from unlabel.batches import Batches
 from unlabel.cache import ImageCache, load_cache
 from unlabel.config import PretrainConfig
 from unlabel.draws import Draws
+from unlabel.memory import keep_freed_memory
 from unlabel.plan import Plan
 from unlabel.precision import autocast, pick_precision
 from unlabel.pretrain import Together, pretrain
@@ -103,8 +105,10 @@ class Views(nn.Module):
         return self.model(Batch(images, Draws(0, [self.seen] * len(images), range(len(images))), 0.5))[0]
 
 
-def limit(setting: Setting, cache: ImageCache) -> Measure:
+def limit(setting: Setting, workers: int) -> Measure:
     """Steps on one batch that is already in memory."""
+    keep_freed_memory()
+    cache = load_cache(open_source(str(setting.folder)), setting.size, progress=False, write=False)
     step, batch = setting.own_step(), setting.batches(cache)(0, 0.5)
     return partial(_blocks, step, iter(lambda: batch, None), setting.batch_size, 0)
 
@@ -189,67 +193,85 @@ def unlabel_run(setting: Setting, epochs: int, on_epoch: Callable[[float, int], 
             os.environ |= {} if kept is None else {"UNLABEL_CACHE": kept}
 
 
-class InTurns:
-    """A contender that owns its loop, in a thread of its own that runs for one block at a time."""
+CONTENDERS: dict[str, Callable[[Setting, int], Measure]] = {
+    "limit": limit,
+    "plain_fp32": partial(plain, by_hand=False),
+    "plain_bf16": partial(plain, by_hand=True),
+    "lightly": lightly,
+    "stable_pretraining": stable_pretraining,
+}
 
-    def __init__(self, run: Callable[[Callable[[float, int], None]], None]) -> None:
-        self._go, self._found = threading.Semaphore(0), queue.Queue()
 
-        def on_block(seconds: float, images: int) -> None:
-            self._found.put((seconds, images))
-            self._go.acquire()
+def contend(name: str, setting: Setting, workers: int, blocks: int) -> None:
+    """A contender in a process of its own: for each line of the input one block, whose seconds and images it prints."""
+    answers = sys.stdout
 
-        def work() -> None:
-            self._go.acquire()
-            try:
-                run(on_block)
-                self._found.put(RuntimeError("it ended before its last block"))
-            except BaseException as error:
-                self._found.put(error)
+    def on_block(seconds: float, images: int) -> None:
+        print(json.dumps([seconds, images]), file=answers, flush=True)
+        sys.stdin.readline()
 
-        self._thread = threading.Thread(target=work, daemon=True)
-        self._thread.start()
+    sys.stdin.readline()
+    if name == "unlabel":
+        return unlabel_run(setting, blocks, on_block)
+    try:
+        measure = CONTENDERS[name](setting, workers)
+    except Unavailable as reason:
+        print(json.dumps(str(reason)), file=answers, flush=True)
+    else:
+        measure(setting.images, blocks, on_block)
 
-    def __call__(self) -> tuple[float, int]:
-        """Seconds and images of the next block."""
-        self._go.release()
-        found = self._found.get()
-        if isinstance(found, BaseException):
-            raise found
-        return found
+
+class Contender:
+    """``contend`` from outside."""
+
+    def __init__(self, name: str, setting: Setting, workers: int, blocks: int) -> None:
+        about = [setting.task, setting.network, str(setting.folder), str(setting.images), str(workers), str(blocks)]
+        command = [sys.executable, str(Path(__file__)), name, *about]
+        self.folder = tempfile.TemporaryDirectory()
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "TMPDIR": self.folder.name},
+        )  # fmt: skip
+
+    def block(self) -> tuple[float, int] | str:
+        """Seconds and images of the next block, or why there is none."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        raise RuntimeError(self.process.communicate()[1][-3000:])
+
+    def leave(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.folder.cleanup()
 
 
 def race(setting: Setting, rounds: int, workers: dict[str, int], peers: bool) -> dict[str, list[float] | str]:
     """Images per second of every contender in each round; for a peer that cannot be had, why not."""
-    cache = load_cache(open_source(str(setting.folder)), setting.size, progress=False, write=False)
-    contenders: dict[str, Callable[[], Measure]] = {
-        "limit": partial(limit, setting, cache),
-        "plain_fp32": partial(plain, setting, workers["plain_fp32"], False),
-        "plain_bf16": partial(plain, setting, workers["plain_bf16"], True),
-    }
-    if peers:
-        contenders["lightly"] = partial(lightly, setting, workers["plain_fp32"])
-        contenders["stable_pretraining"] = partial(stable_pretraining, setting, workers["plain_fp32"])
-    turns: dict[str, Callable[[], tuple[float, int]]] = {}
+    names = ["limit", "plain_fp32", "plain_bf16", *(["lightly", "stable_pretraining"] if peers else [])]
+    wanted = workers | {"lightly": workers["plain_fp32"], "stable_pretraining": workers["plain_bf16"]}
     found: dict[str, list[float] | str] = {}
-    for name, make in contenders.items():
-        try:
-            measure = make()
-        except Unavailable as reason:
-            found[name] = str(reason)
-            continue
-        turns[name] = partial(_once, measure, setting.images)
-        if name == "stable_pretraining":  # a call is a run of its own
-            turns[name] = InTurns(lambda on_block, m=measure: m(setting.images, rounds, on_block))
-    speeds: dict[str, list[float]] = {"first": [], "later": [], **{name: [] for name in turns}}
-
-    def on_epoch(seconds: float, images: int) -> None:
-        speeds["later" if speeds["first"] else "first"].append(images / seconds)
-        for name, turn in turns.items() if speeds["later"] else ():
-            seconds, images = turn()
-            speeds[name].append(images / seconds)
-
-    unlabel_run(setting, rounds + 1, on_epoch)
+    own = Contender("unlabel", setting, 0, rounds + 1)
+    others = {name: Contender(name, setting, wanted.get(name, 0), rounds) for name in names}
+    try:
+        first = own.block()
+        if isinstance(first, str):
+            raise RuntimeError(first)
+        seconds, images = first
+        speeds = {"first": [images / seconds], "later": [], **{name: [] for name in names}}
+        for _ in range(rounds):
+            for name, contender in {"later": own, **others}.items():
+                block = contender.block() if name not in found else ""
+                if isinstance(block, str):
+                    found.setdefault(name, block)
+                else:
+                    speeds[name].append(block[1] / block[0])
+    finally:
+        for contender in (own, *others.values()):
+            contender.leave()
     return {**{n: [round(v, 2) for v in values] for n, values in speeds.items()}, **found}
 
 
@@ -293,3 +315,8 @@ def same_speed_for_more_images(setting: Setting, more: Path, rounds: int, steps:
         os.environ.pop("UNLABEL_CACHE")
         os.environ |= {} if kept is None else {"UNLABEL_CACHE": kept}
     return ratios
+
+
+if __name__ == "__main__":
+    name, task, network, folder, images, workers, blocks = sys.argv[1:]
+    contend(name, Setting(task, network, Path(folder), int(images)), int(workers), int(blocks))

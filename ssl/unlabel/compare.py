@@ -31,6 +31,7 @@ from unlabel.config import CompareConfig, EvaluateConfig, FewLabels, PretrainCon
 from unlabel.distributed import pick_device
 from unlabel.errors import UserError
 from unlabel.init import Start, fetch, load_start, start_beside, start_of, write_given
+from unlabel.memory import keep_freed_memory
 from unlabel.plan import EPOCHS, check_settings
 from unlabel.pretrain import pretrain
 from unlabel.runfolder import RunFolder, commit, hardware, versions
@@ -269,9 +270,12 @@ def _table(
     numbers = [c for c in counts if c != "all" and not scores_alone]
     if config.draws < 10 and numbers:
         split.warnings.append(f"{config.draws} draws of labels instead of 10: intervals are wide and rough")
+    device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     table = ev.Table(
         split.pool, split.test, split.unlabelled.images, split.classes, counts, config.draws,
-        tuple(dict.fromkeys(config.protocol)), backbone, image_size, pick_device(config.device), out, config.top_layers,
+        tuple(dict.fromkeys(config.protocol)), backbone, image_size, device, out, config.top_layers,
         hashlib.sha256("".join(split.unlabelled.hashes).encode()).hexdigest(), flip,
         config.augment,
     )  # fmt: skip

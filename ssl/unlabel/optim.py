@@ -62,11 +62,12 @@ def make_optimizers(
                 entry = {"params": params, "lr": peak, "peak": peak, "weight_decay": wd, **options}
                 by_kind.setdefault(group.get("optimizer", optimizer), []).append(entry)
     made: list[torch.optim.Optimizer] = []
+    fused = next(backbone.parameters()).device.type in ("cpu", "cuda")  # all of an update in one pass over the memory
     for kind, entries in by_kind.items():
         if kind == "sgd":
-            made.append(torch.optim.SGD(entries, lr=lr, momentum=0.9, nesterov=True))
+            made.append(torch.optim.SGD(entries, lr=lr, momentum=0.9, nesterov=True, fused=fused))
         elif kind == "adamw":
-            made.append(torch.optim.AdamW(entries, lr=lr))
+            made.append(torch.optim.AdamW(entries, lr=lr, fused=fused))
         else:
             raise ValueError(f"unknown optimizer {kind!r}: sgd or adamw")
     return made

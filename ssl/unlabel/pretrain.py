@@ -25,6 +25,7 @@ from unlabel.config import PretrainConfig
 from unlabel.draws import mix, seed_everything
 from unlabel.errors import UserError
 from unlabel.init import begun, fetch, init_of, load_start, start_of
+from unlabel.memory import keep_freed_memory
 from unlabel.messages import describe, log_line, not_finite
 from unlabel.order import phase_at
 from unlabel.plan import check_settings, freeze_unused, make_plan
@@ -74,6 +75,8 @@ def pretrain(config: PretrainConfig, exclude: frozenset[str] = frozenset()) -> P
     Raises UserError for what a person can put right, Stopped after a signal.
     """
     device = distributed.pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     distributed.start(device, config.rank_timeout)
     with (
         checkpoint.lock(config.out) if distributed.is_main() else contextlib.nullcontext(),

@@ -53,7 +53,7 @@ def _second_interrupt_leaves() -> Iterator[None]:
 
     def watch() -> None:
         interrupts = 0
-        while numbers := os.read(ours, 64):  # empty once the other end is closed
+        while 0 not in (numbers := os.read(ours, 64)):
             interrupts += numbers.count(signal.SIGINT)
             if interrupts > 1:
                 os.write(2, b"\nunlabel: interrupted\n")
@@ -65,6 +65,8 @@ def _second_interrupt_leaves() -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        os.close(theirs)
+        os.set_blocking(theirs, True)
+        os.write(theirs, bytes(1))  # no signal's number; closing it is not enough where a process was forked meanwhile
         thread.join()
+        os.close(theirs)
         os.close(ours)
