@@ -24,6 +24,7 @@ from pretext import load_task
 from unlabel.backbone import build_backbone, channels_last
 from unlabel.batches import Batches
 from unlabel.cache import ImageCache, cache_side, load_cache
+from unlabel.columns import Digests, Names
 from unlabel.config import PretrainConfig
 from unlabel.distributed import pick_device
 from unlabel.listing import Entries, Place
@@ -45,7 +46,7 @@ def seconds_per_step(args: argparse.Namespace) -> tuple[float, int, str]:
     device, side = pick_device("auto"), cache_side(args.image_size)
     pixels = np.random.default_rng(0).integers(0, 256, (2 * args.batch_size, side, side, 3), np.uint8)
     n = len(pixels)
-    names, hashes = [str(k) for k in range(n)], ["0" * 64] * n
+    names, hashes = Names(map(str, range(n))), Digests(np.zeros((n, 32), np.uint8))
     hashed, shapes = np.zeros((n, 2), np.uint64), np.zeros((n, 2), np.int32)
     cache = ImageCache(pixels, names, None, hashes, hashed, shapes, [], "", side)
     cls = load_task(args.task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -28,6 +29,20 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
         del os.environ["UNLABEL_CACHE"]
     else:
         os.environ["UNLABEL_CACHE"] = old
+
+
+@pytest.fixture(scope="module")
+def short_presets():
+    """Fine-tuning's presets with a few steps each, where plumbing is tested; a module may shorten more by it."""
+    from downstream import finetune as ft
+
+    patch = pytest.MonkeyPatch()
+    for name in ("_FEW", "_SOME", "_MANY", "_SCRATCH_FEW", "_SCRATCH_MANY"):
+        patch.setattr(ft, name, tuple(dataclasses.replace(p, steps=4, batch_size=16) for p in getattr(ft, name)))
+    for name in ("_GROWTH", "_SCRATCH_GROWTH"):
+        patch.setattr(ft, name, ft.Growth(passes=0, steps=0, at_least=0))
+    yield patch
+    patch.undo()
 
 
 @pytest.fixture(scope="session")

@@ -33,16 +33,8 @@ from unlabel.sources import open_source
 
 
 @pytest.fixture(scope="module")
-def short_presets():
-    """The protocol's presets with a few steps each: what is tested here is the plumbing."""
-    patch = pytest.MonkeyPatch()
-    for name in ("_FEW", "_SOME", "_MANY", "_SCRATCH_FEW", "_SCRATCH_MANY"):
-        patch.setattr(ft, name, tuple(dataclasses.replace(p, steps=4, batch_size=16) for p in getattr(ft, name)))
-    for name in ("_GROWTH", "_SCRATCH_GROWTH"):
-        patch.setattr(ft, name, ft.Growth(passes=0, steps=0, at_least=0))
-    patch.setattr(lf, "IMAGES", 40)
-    yield
-    patch.undo()
+def short_presets(short_presets: pytest.MonkeyPatch):
+    short_presets.setattr(lf, "IMAGES", 40)
 
 
 @pytest.fixture(scope="module")

@@ -266,15 +266,8 @@ def test_the_network_and_the_stem_follow_from_the_name():
 
 
 @pytest.fixture(scope="module")
-def short_presets():
-    patch = pytest.MonkeyPatch()
-    for name in ("_FEW", "_SOME", "_MANY", "_SCRATCH_FEW", "_SCRATCH_MANY"):
-        patch.setattr(ft, name, tuple(dataclasses.replace(p, steps=4, batch_size=16) for p in getattr(ft, name)))
-    for name in ("_GROWTH", "_SCRATCH_GROWTH"):
-        patch.setattr(ft, name, ft.Growth(passes=0, steps=0, at_least=0))
-    patch.setattr(ft, "pick_precision", lambda *_: "fp32")
-    yield
-    patch.undo()
+def short_presets(short_presets: pytest.MonkeyPatch):
+    short_presets.setattr(ft, "pick_precision", lambda *_: "fp32")
 
 
 def test_compare_measures_them_as_they_are(

@@ -188,7 +188,7 @@ def test_an_archive_that_is_being_written_is_not_kept(
     source = open_source(str(path))
     assert not kept.exists()
     with pytest.raises(Changed):
-        source.entry(0).load()
+        source.entries[0].load()
 
 
 def test_small_archives_are_not_kept(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +270,7 @@ def test_shards_at_once_are_one_source_whoever_is_first(
     monkeypatch.setattr(tar_index, "_AT_ONCE", 1)
     shutil.rmtree(tmp_path / "cache")
     alone = open_source(pattern)
-    assert [*map(parallel.entry, range(len(parallel)))] == [*map(alone.entry, range(len(alone)))]
+    assert parallel.entries == alone.entries
     assert (parallel.fingerprint, parallel.skipped) == (alone.fingerprint, alone.skipped)
     assert parallel.content_sample() == alone.content_sample()
     assert len(parallel.skipped) == 1
@@ -293,7 +293,7 @@ def test_a_file_that_changed_since_it_was_listed_is_not_read(tmp_path: Path) -> 
         assert contents(source) == TREE
         stat = os.stat(path)
         os.utime(path, ns=(0, stat.st_mtime_ns + 1 + again))
-        for entry in map(source.entry, range(len(source))):
+        for entry in source.entries:
             with pytest.raises(OSError, match="has changed since it was listed"):
                 entry.load()
         os.utime(path, ns=(0, stat.st_mtime_ns))
@@ -301,16 +301,16 @@ def test_a_file_that_changed_since_it_was_listed_is_not_read(tmp_path: Path) -> 
             file.write(b"\0")
         os.utime(path, ns=(0, stat.st_mtime_ns))
         with pytest.raises(Changed):
-            source.entry(0).load(10)
+            source.entries[0].load(10)
     folder = open_source(str(make_folder(tmp_path / "folder")))
     assert contents(folder) == TREE
     for size in (0, 299, 301):
         (tmp_path / "folder" / NAMES[0]).write_bytes(bytes(size))
         for limit in (None, 100):
             with pytest.raises(Changed):
-                folder.entry(0).load(limit)
+                folder.entries[0].load(limit)
     (tmp_path / "folder" / NAMES[0]).write_bytes(TREE[NAMES[0]][::-1])
-    assert folder.entry(0).load() == TREE[NAMES[0]][::-1]
+    assert folder.entries[0].load() == TREE[NAMES[0]][::-1]
 
 
 def test_a_compressed_archive_that_changed_since_it_was_listed_is_not_read(tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_urls_are_the_sources_that_folders_are(tmp_path: Path, store, monkeypatc
             assert source.content_sample() == local.content_sample()
             assert contents(source) == TREE
             if "gz" not in spec:
-                assert source.entry(3).load(10) == TREE[source.names[3]][:10]
+                assert source.entries[3].load(10) == TREE[source.names[3]][:10]
         if not again:
             no_listing(monkeypatch)
 
@@ -431,7 +431,7 @@ def test_only_the_headers_of_large_images_are_read(store, tmp_path: Path, monkey
     assert len(source) == 20
     assert 20 <= len(asked) <= 50
     assert sum(asked) < 50 * 4096
-    assert source.entry(0).load() == bytes(200_000)
+    assert source.entries[0].load() == bytes(200_000)
 
 
 def test_objects_that_are_replaced_are_noticed(store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,21 +442,21 @@ def test_objects_that_are_replaced_are_noticed(store, tmp_path: Path, monkeypatc
     assert contents(source) == TREE
     store.pipe_file("/bucket/x.tar", path.read_bytes())  # the same bytes at another time
     with pytest.raises(Changed):
-        source.entry(0).load()
+        source.entries[0].load()
     assert contents(open_source("memory://bucket/x.tar")) == TREE
     store.pipe_file("/bucket/x.tar", path.read_bytes()[:1000])
     monkeypatch.setattr(stores, "_CONFIRM_AFTER", 60.0)
     stores._confirmed["memory://bucket/x.tar"] = time.monotonic()
     with pytest.raises(Changed):  # too short, which shows without asking
-        source.entry(-1).load()
+        source.entries[-1].load()
     store.rm("/bucket/x.tar")
     with pytest.raises(OSError, match=r".*"):
-        source.entry(0).load()
+        source.entries[0].load()
     put(store, make_folder(tmp_path / "f"), "/bucket/f")
     folder = open_source("memory://bucket/f")
     store.pipe_file(f"/bucket/f/{NAMES[0]}", b"longer" * 100)
     with pytest.raises(Changed):
-        folder.entry(0).load()
+        folder.entries[0].load()
 
 
 def test_a_store_that_tells_no_version_is_listed_each_time(store, tmp_path: Path, kept: Path, monkeypatch) -> None:
@@ -575,7 +575,7 @@ def test_a_real_server(server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         open_source(f"{address}/none.tar")
 
     source = open_source(f"{address}/part-000.tar?signed=1")
-    entry = source.entry(0)
+    entry = source.entries[0]
     data = entry.load()
     handler.ranges = False  # all of the archive is not this image
     with pytest.raises(Changed):
@@ -586,7 +586,7 @@ def test_a_real_server(server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     stores._confirmed.clear()
     with pytest.raises(Changed):
         entry.load()
-    again = open_source(f"{address}/part-000.tar?signed=1").entry(0)
+    again = open_source(f"{address}/part-000.tar?signed=1").entries[0]
     assert again.load() == data
 
     monkeypatch.setattr(listing, "REQUEST", 4096)
@@ -595,7 +595,7 @@ def test_a_real_server(server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         open_source(f"{address}/part-001.tar?again")
     folder = open_source(f"{address}/photos/")
     assert contents(folder) == TREE
-    assert folder.entry(0).load(10) == TREE[NAMES[0]][:10]
+    assert folder.entries[0].load(10) == TREE[NAMES[0]][:10]
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:

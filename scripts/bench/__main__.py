@@ -12,12 +12,13 @@ installed (the extra `bench`).
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ import torch
 
 OUT = Path("results/benchmark.json")
 ROUNDS = 5
+COUNTS = {"96x96": 20_000, "500x375": 1024}  # photos that are cut
+PARTS = ["training", "packing", "more", "start", "million", "probe"]
 # (task, network, photos, images of an epoch and a block, whether the other libraries run): about equal in time.
 RACES = [
     ("rotation", "small", "96x96", 768, True),
@@ -73,29 +76,29 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 3), "low": round(min(values), 3), "high": round(max(values), 3)}
 
 
-def name_of(row: dict[str, Any]) -> str:
-    return "/".join(row[key] for key in ("task", "network", "photos"))
+def name_of(race: Sequence[str]) -> str:
+    return "/".join(race)
 
 
-def training(folders: dict[str, Path], races: list[tuple], rounds: int) -> Iterator[dict[str, Any]]:
+def training(races: list[tuple], rounds: int) -> Iterator[dict[str, Any]]:
     from loops import Setting, best_workers, race
 
     workers = {}
-    for task, network, photos, images, peers in races:
-        setting = Setting(task, network, part(folders[photos], images), images)
-        key = (network, photos)
+    for task, network, size, images, peers in races:
+        setting = Setting(task, network, part(photos(size), images), images)
+        key = (network, size)
         workers[key] = workers.get(key) or best_workers(setting)
         begun = time.perf_counter()
         speeds = race(setting, rounds, workers[key], peers)
         found = ratios(speeds)
-        print(f"\n{task}, {network}, photos of {photos} ({time.perf_counter() - begun:.0f} s), images/s:")
+        print(f"\n{task}, {network}, photos of {size} ({time.perf_counter() - begun:.0f} s), images/s:")
         print("  " + "  ".join(f"{n} {statistics.median(v):.0f}" for n, v in speeds.items() if isinstance(v, list)))
         for name, why in speeds.items():
             if isinstance(why, str):
                 print(f"  {name} skipped: {why}")
         show(found)
         yield {
-            "task": task, "network": network, "photos": photos, "images": images, "workers": workers[key],
+            "name": name_of((task, network, size)), "images": images, "workers": workers[key],
             "images_per_second": speeds, "ratios": found,
         }  # fmt: skip
 
@@ -116,81 +119,112 @@ def part(folder: Path, images: int) -> Path:
     return out
 
 
+@functools.cache
+def photos(size: str) -> Path:
+    """Enough of them, cut once."""
+    from photos import cut_photos
+
+    width, height = map(int, size.split("x"))
+    return cut_photos(Path(_temporary().name) / size, COUNTS[size], (width, height))
+
+
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
+
+
+def part_packing() -> dict[str, Any]:
+    from once import packing
+
+    speeds = packing(photos("500x375"), 64, ROUNDS)
+    over = {
+        f"over_{k}": spread([a / b for a, b in zip(speeds["unlabel"], speeds[k], strict=True)])
+        for k in ("pil", "pil_processes")
+    }
+    print("\npacking photos of 500x375 for 64 px:")
+    show(over)
+    return {"images_per_second": speeds, "ratios": over}
+
+
+def part_more() -> dict[str, Any]:
+    from loops import Setting, same_speed_for_more_images
+
+    few, many = 2048, COUNTS["96x96"]
+    each = same_speed_for_more_images(
+        Setting("rotation", "small", part(photos("96x96"), few), few), photos("96x96"), ROUNDS
+    )
+    print(f"\ntime per image with {many:,} images over that with {few:,}:")
+    show({"more_over_few": spread(each)})
+    return {"images": [few, many], "ratios": spread(each), "each": each}
+
+
+def part_start() -> dict[str, Any]:
+    from once import start
+
+    seconds = start(part(photos("96x96"), 2048), 64, ROUNDS)
+    print("\nseconds:", {k: spread(v) for k, v in seconds.items()})
+    return {"seconds": seconds}
+
+
+def part_million() -> dict[str, Any]:
+    from once import many_images
+
+    found = many_images((10_000, 1_000_000), ROUNDS)
+    print("\nmany images:", json.dumps(found, indent=1))
+    return found
+
+
+def part_probe(run: Path, train: str, test: str) -> dict[str, Any]:
+    from once import probe
+
+    result = probe(run, train, test, draws=10, sgd_draws=ROUNDS)
+    each = [t / result["unlabel_seconds_per_draw"] for t in result["sgd_seconds_per_draw"]]
+    print("\nlinear evaluation:", json.dumps(result, indent=1))
+    show({"probe_over_sgd": spread(each)})
+    return {**result, "ratios": spread(each)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["training", "packing", "more", "start", "million", "probe"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--labelled", nargs=2, metavar=("TRAIN", "TEST"), help="labelled sources for the probe")
     parser.add_argument("--run", type=Path, help="a finished run, for the probe")
     parser.add_argument("--only", default="", help="races whose name holds this, such as rotation/small/96x96")
     parser.add_argument("--quick", action="store_true", help="compare a few ratios with the stored ones")
     args = parser.parse_args()
-    from loops import Setting, same_speed_for_more_images
-    from once import many_images, packing, probe, start
-    from photos import cut_photos
-
     from unlabel.runfolder import commit, hardware, versions
 
     kept = json.loads(OUT.read_text()) if OUT.exists() else {}
-    kept = kept if "ratios" in kept else {}
-    found: dict[str, Any] = {}
-    races = [race for race in RACES if args.only in "/".join(race[:3])]
+    found: dict[str, Any] = {} if args.quick else dict(kept)
+    about = {"hardware": hardware(), "versions": versions(), "commit": commit(), "threads": torch.get_num_threads()}
+    races = [race for race in RACES if args.only in name_of(race[:3])]
     races = [(*RACES[0][:4], False)] if args.quick else races
     parts = ["training", "packing"] if args.quick else args.parts
-    with tempfile.TemporaryDirectory() as temporary:
-        photos = Path(temporary)
-        folders = {
-            "96x96": cut_photos(photos / "96x96", 20_000 if "more" in parts else 2048, (96, 96)),
-            "500x375": cut_photos(photos / "500x375", 1024, (500, 375)),
-        }
-        about = {"hardware": hardware(), "versions": versions(), "commit": commit(), "threads": torch.get_num_threads()}
-        if "training" in parts:
-            rows = {name_of(row): row for row in kept.get("training", {}).get("rows", [])} if not args.quick else {}
-            for row in training(folders, races, ROUNDS):
-                rows[name_of(row)] = {**row, "about": about}
-                found["training"] = {"rounds": ROUNDS, "rows": list(rows.values())}
-                save(kept | found, args.quick)
-        if "packing" in parts:
-            speeds = packing(folders["500x375"], 64, ROUNDS)
-            over = {f"over_{k}": spread([a / b for a, b in zip(speeds["unlabel"], speeds[k], strict=True)])
-                    for k in ("pil", "pil_processes")}  # fmt: skip
-            found["packing"] = {"about": about, "images_per_second": speeds, "ratios": over}
-            print("\npacking photos of 500x375 for 64 px:")
-            show(over)
-            save(kept | found, args.quick)
-        if "more" in parts:
-            setting = Setting("rotation", "small", part(folders["96x96"], 2048), 2048)
-            each = same_speed_for_more_images(setting, folders["96x96"], ROUNDS)
-            found["more"] = {"about": about, "images": [2048, 20_000], "ratios": spread(each), "each": each}
-            print("\ntime per image with 20,000 images over that with 2,048:")
-            show({"more_over_few": spread(each)})
-            save(kept | found, args.quick)
-        if "start" in parts:
-            found["start"] = {"about": about, "seconds": start(part(folders["96x96"], 2048), 64, ROUNDS)}
-            print("\nseconds:", {k: spread(v) for k, v in found["start"]["seconds"].items()})
-            save(kept | found, args.quick)
-    if "million" in parts:
-        found["million"] = {"about": about, **many_images((10_000, 1_000_000), ROUNDS)}
-        print("\nmany images:", json.dumps({k: v for k, v in found["million"].items() if k != "about"}, indent=1))
-        save(kept | found, args.quick)
-    if "probe" in parts and args.labelled and args.run:
-        result = probe(args.run, *args.labelled, draws=10, sgd_draws=ROUNDS)
-        each = [t / result["unlabel_seconds_per_draw"] for t in result["sgd_seconds_per_draw"]]
-        found["probe"] = {"about": about, **result, "ratios": spread(each)}
-        print("\nlinear evaluation:", json.dumps(result, indent=1))
-        show({"probe_over_sgd": spread(each)})
-        save(kept | found, args.quick)
+    single = {"packing": part_packing, "more": part_more, "start": part_start, "million": part_million}
+    if args.labelled and args.run:
+        single["probe"] = functools.partial(part_probe, args.run, *args.labelled)
     elif "probe" in parts:
-        print("\nlinear evaluation: skipped, needs --labelled TRAIN TEST and --run RUN")
-    return compare(kept, found) if args.quick else summary(json.loads(OUT.read_text()))
+        print("linear evaluation: skipped, needs --labelled TRAIN TEST and --run RUN")
+    for name in parts:
+        if name == "training":
+            rows = {row["name"]: row for row in found.get("training", [])}
+            for row in training(races, ROUNDS):
+                rows[row["name"]] = {**row, "about": about}
+                found["training"] = list(rows.values())
+                save(found, args.quick)
+        elif name in single:
+            found[name] = {"about": about, **single[name]()}
+            save(found, args.quick)
+    return compare(kept, found) if args.quick else summary(headline(found))
 
 
 def headline(content: dict[str, Any]) -> dict[str, float]:
     """The named ratios: rotation on the small network, photos of 96 x 96, and the other parts."""
     found: dict[str, float] = {}
     if "training" in content:
-        rows = {name_of(row): row for row in content["training"]["rows"]}
-        main = rows.get("/".join(RACES[0][:3]), {"ratios": {}})
-        found |= {name: r["median"] for name, r in main["ratios"].items()}
+        first = name_of(RACES[0][:3])
+        for row in content["training"]:
+            found |= {k: r["median"] for k, r in row["ratios"].items()} if row["name"] == first else {}
     if "packing" in content:
         found["packing_over_pil"] = content["packing"]["ratios"]["over_pil"]["median"]
     if "probe" in content:
@@ -201,18 +235,20 @@ def headline(content: dict[str, Any]) -> dict[str, float]:
 def save(content: dict[str, Any], quick: bool) -> None:
     if not quick:
         OUT.parent.mkdir(exist_ok=True)
-        OUT.write_text(json.dumps({"ratios": {}} | content | {"ratios": headline(content)}, indent=1) + "\n")
+        OUT.write_text(json.dumps(content | {"ratios": headline(content)}, indent=1) + "\n")
 
 
-def summary(content: dict[str, Any]) -> int:
+def summary(named: dict[str, float]) -> int:
     print(f"\n{'ratio (rotation, small network, 96 x 96)':<44}{'median':>8}{'wanted':>8}")
-    for name, value in content["ratios"].items():
+    for name, value in named.items():
         print(f"{name:<44}{value:8.2f}{AT_LEAST[name]:8.2f}")
     return 0
 
 
 def compare(kept: dict[str, Any], found: dict[str, Any]) -> int:
     before, now, worse = kept.get("ratios", {}), headline(found), []
+    if not before.keys() & set(QUICK):
+        print(f"nothing to compare with: {OUT} has none of {', '.join(QUICK)}")
     for name in QUICK:
         if name in before:
             low = now[name] < 0.9 * before[name]

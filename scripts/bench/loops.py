@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from peers import Blocks, Measure, Unavailable, batches, lightly_epochs, stable_pretraining_epochs
+from photos import packed_in
 from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -166,9 +167,7 @@ def unlabel_run(setting: Setting, epochs: int, on_epoch: Callable[[float, int], 
     The first begins when the command does, and packs the images. Between the epochs others may run: that is not timed.
     """
     epoch = setting.images // setting.batch_size
-    with tempfile.TemporaryDirectory() as temporary:
-        kept = os.environ.get("UNLABEL_CACHE")
-        os.environ["UNLABEL_CACHE"] = f"{temporary}/cache"
+    with tempfile.TemporaryDirectory() as temporary, packed_in(f"{temporary}/cache"):
         config = PretrainConfig(
             (setting.task,), (str(setting.folder),), Path(temporary) / "run", backbone=setting.network,
             image_size=setting.size, epochs=epochs, log_every=epoch, progressive=False, device="cpu",
@@ -189,8 +188,6 @@ def unlabel_run(setting: Setting, epochs: int, on_epoch: Callable[[float, int], 
                 pretrain(config)
         finally:
             RunFolder.log = log
-            os.environ.pop("UNLABEL_CACHE")
-            os.environ |= {} if kept is None else {"UNLABEL_CACHE": kept}
 
 
 CONTENDERS: dict[str, Callable[[Setting, int], Measure]] = {
@@ -228,10 +225,12 @@ class Contender:
         about = [setting.task, setting.network, str(setting.folder), str(setting.images), str(workers), str(blocks)]
         command = [sys.executable, str(Path(__file__)), name, *about]
         self.folder = tempfile.TemporaryDirectory()
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "TMPDIR": self.folder.name},
-        )  # fmt: skip
+        self.errors = Path(self.folder.name) / "errors"  # a pipe that nobody reads would fill up and stop it
+        with open(self.errors, "w") as errors:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                env={**os.environ, "TMPDIR": self.folder.name},
+            )  # fmt: skip
 
     def block(self) -> tuple[float, int] | str:
         """Seconds and images of the next block, or why there is none."""
@@ -241,7 +240,7 @@ class Contender:
         self.process.stdin.flush()
         if line := self.process.stdout.readline():
             return json.loads(line)
-        raise RuntimeError(self.process.communicate()[1][-3000:])
+        raise RuntimeError(self.errors.read_text()[-3000:])
 
     def leave(self) -> None:
         self.process.kill()
@@ -296,9 +295,7 @@ def best_workers(setting: Setting) -> dict[str, int]:
 def same_speed_for_more_images(setting: Setting, more: Path, rounds: int, steps: int = 8) -> list[float]:
     """Time per image with the images of ``more``, over that with the images of ``setting``: one ratio per round."""
     step, ratios = setting.own_step(), []
-    with tempfile.TemporaryDirectory() as temporary:
-        kept = os.environ.get("UNLABEL_CACHE")
-        os.environ["UNLABEL_CACHE"] = temporary
+    with tempfile.TemporaryDirectory() as temporary, packed_in(temporary):
         feeds = [
             setting.batches(load_cache(open_source(str(f)), setting.size, progress=False))
             for f in (setting.folder, more)
@@ -311,9 +308,6 @@ def same_speed_for_more_images(setting: Setting, more: Path, rounds: int, steps:
                     step(feed(s, 0.5))
                 seconds.append(time.perf_counter() - begun)
             ratios += [seconds[1] / seconds[0]] if k else []  # the first is a warm-up
-        del feeds
-        os.environ.pop("UNLABEL_CACHE")
-        os.environ |= {} if kept is None else {"UNLABEL_CACHE": kept}
     return ratios
 
 

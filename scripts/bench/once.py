@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from photos import many_files
+from photos import many_files, packed_in
 from PIL import Image
 from torch import nn
 
@@ -43,8 +43,8 @@ def packing(folder: Path, size: int, repeats: int) -> dict[str, Any]:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_shrink, data[:8], [side] * 8))  # started before the clock
         for _ in range(repeats):
-            with tempfile.TemporaryDirectory() as cache:
-                source, begun = open_source(str(folder)), _into(cache)
+            with tempfile.TemporaryDirectory() as cache, packed_in(cache):
+                source, begun = open_source(str(folder)), time.perf_counter()
                 load_cache(source, size, progress=False)
                 found["unlabel"].append(len(data) / (time.perf_counter() - begun))
             begun = time.perf_counter()
@@ -55,11 +55,6 @@ def packing(folder: Path, size: int, repeats: int) -> dict[str, Any]:
             list(pool.map(_shrink, data, [side] * len(data), chunksize=32))
             found["pil_processes"].append(len(data) / (time.perf_counter() - begun))
     return {name: [round(v, 1) for v in values] for name, values in found.items()}
-
-
-def _into(cache: str) -> float:
-    os.environ["UNLABEL_CACHE"] = cache
-    return time.perf_counter()
 
 
 def _shrink(data: bytes, side: int) -> bytes:
@@ -177,17 +172,14 @@ def first_step(folder: Path, run: Path, size: int, cache: Path) -> dict[str, flo
     command = [sys.executable, "-m", "unlabel", "pretrain", "rotation", "--data", str(folder), "--out", str(run)]
     command += ["--image-size", str(size), "--epochs", "1000", "--log-every", "1"]
     begun, metrics, peak = time.perf_counter(), run / "metrics.jsonl", 0.0
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "UNLABEL_CACHE": str(cache)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    env = {**os.environ, "UNLABEL_CACHE": str(cache)}
+    errors = run.with_name(f"{run.name}.errors")
+    with open(errors, "w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=file)
     try:
         while not (metrics.exists() and metrics.stat().st_size):
             if process.poll() is not None:
-                raise RuntimeError(f"{' '.join(command)}: {process.communicate()[1].decode()[-2000:]}")
+                raise RuntimeError(f"{' '.join(command)}: {errors.read_text()[-2000:]}")
             time.sleep(0.005)
         seconds = time.perf_counter() - begun
         status = Path(f"/proc/{process.pid}/status")
@@ -195,7 +187,7 @@ def first_step(folder: Path, run: Path, size: int, cache: Path) -> dict[str, flo
         peak = next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), float("nan"))
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
     return {"seconds": round(seconds, 3), "peak_mb": round(peak, 1)}
 
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-__all__ = ["cut_photos", "many_files"]
+__all__ = ["cut_photos", "many_files", "packed_in"]
+
+
+@contextlib.contextmanager
+def packed_in(folder: str | Path) -> Iterator[None]:
+    """Packed images go into this folder, not to the user's."""
+    kept = os.environ.get("UNLABEL_CACHE")
+    os.environ["UNLABEL_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("UNLABEL_CACHE")
+        os.environ |= {} if kept is None else {"UNLABEL_CACHE": kept}
 
 
 def cut_photos(folder: Path, count: int, size: tuple[int, int], seed: int = 0) -> Path:

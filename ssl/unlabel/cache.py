@@ -66,9 +66,9 @@ class ImageCache:
     """
 
     images: Pixels
-    names: Sequence[str]
+    names: Names
     labels: list[str] | None
-    hashes: Sequence[str]
+    hashes: Digests
     phashes: np.ndarray
     shapes: np.ndarray
     skipped: list[tuple[str, str]]
@@ -92,17 +92,13 @@ class ImageCache:
         return replace(
             self,
             images=images,
-            names=_take(self.names, rows),
+            names=self.names.take(rows),
             labels=None if self.labels is None else [self.labels[i] for i in rows],
-            hashes=_take(self.hashes, rows),
+            hashes=self.hashes.take(rows),
             phashes=self.phashes[rows],
             shapes=self.shapes[rows],
             fingerprint=digest,
         )
-
-
-def _take(column: Sequence[str], rows: np.ndarray) -> Sequence[str]:
-    return column.take(rows) if isinstance(column, Names | Digests) else [column[int(i)] for i in rows]
 
 
 def evenly_spaced(n: int, at_most: int) -> np.ndarray:

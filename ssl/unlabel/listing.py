@@ -87,13 +87,13 @@ class Place:
 
 
 class Entries(Sequence[Entry]):
-    """The images of a listing in columns: a million `Entry` would take 400 MB.
+    """The images of a listing or a source in columns: a million `Entry` would take 400 MB.
 
     `names` (N); `sizes` in bytes, `offsets` and `place`, a row of `places`: (N,) integers.
     """
 
     def __init__(
-        self, places: list[Place], names: list[str], sizes: Any, offsets: Any = None, place: Any = None
+        self, places: list[Place], names: Sequence[str], sizes: Any, offsets: Any = None, place: Any = None
     ) -> None:
         import numpy as np
 
@@ -125,7 +125,7 @@ class Entries(Sequence[Entry]):
     def __getitem__(self, k: Any) -> Any:
         if isinstance(k, slice):
             return [self[i] for i in range(len(self))[k]]
-        return self.places[self.place[k]].entry(self.names[k], int(self.sizes[k]), int(self.offsets[k]))
+        return self.places[self.place[k]].entry(self.names[int(k)], int(self.sizes[k]), int(self.offsets[k]))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):

@@ -221,7 +221,7 @@ def _without_room(
 
     def make(k: int) -> bytes | str:
         try:
-            packed = _pack_one(source.entry(rows[k]).load, side)
+            packed = _pack_one(source.entries[rows[k]].load, side)
         except OSError as error:
             return str(error.strerror or error)
         if isinstance(packed, str):

@@ -23,7 +23,7 @@ import numpy as np
 
 from unlabel.columns import Names
 from unlabel.errors import UserError
-from unlabel.listing import Entries, Entry, Found, joined, list_folder, unpacked
+from unlabel.listing import Entries, Found, joined, list_folder, unpacked
 from unlabel.named import DATASETS, SPLITS, cache_root, open_named, own_test_split
 from unlabel.stores import Changed, file_state, is_url
 from unlabel.tar_index import in_parallel, list_archives, list_url, url_matches
@@ -42,10 +42,11 @@ _MOST_LABELS = 1 << 28  # bytes of a CSV of labels
 class Source:
     """Images by index, in the order of their names.
 
-    Attributes: `spec` as the user wrote it; `names` relative to the source; `sizes` (N,) int64 in bytes; `labels` per
-    image (the first-level folder, or from a CSV), None where an image has none; `skipped` (name, reason) of
-    what could not even be listed; `ignored`, the number of files that are not images by their suffix;
-    `left_out`, the number of images without a label in the CSV; `packed`, whether some are in a compressed archive.
+    Attributes: `spec` as the user wrote it; `entries`, where each image lies; `names` relative to the source; `sizes`
+    (N,) int64 in bytes; `labels` per image (the first-level folder, or from a CSV), None where an image has none;
+    `skipped` (name, reason) of what could not even be listed; `ignored`, the number of files that are not images by
+    their suffix; `left_out`, the number of images without a label in the CSV; `packed`, whether some are in a
+    compressed archive.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class Source:
         rows = slice(None) if order is None else np.array(order, np.int64)  # a slice copies nothing
         self.spec = spec
         self.names = Names(names if order is None else map(names.__getitem__, order))
-        self.sizes, self._offsets = entries.sizes[rows], entries.offsets[rows]
-        self._places, self._place = entries.places, entries.place[rows]
-        self.packed = any(place.packed for place in self._places)
+        columns = (column[rows] for column in (entries.sizes, entries.offsets, entries.place))
+        self.entries = Entries(entries.places, self.names, *columns)
+        self.sizes = self.entries.sizes
+        self.packed = any(place.packed for place in entries.places)
         self.skipped = list(skipped)
         self.ignored = ignored
         self.left_out = len(names) - len(self.names)
@@ -80,10 +82,6 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.sizes)
-
-    def entry(self, i: int) -> Entry:
-        """Image i: its name, its size in bytes, and where it lies."""
-        return self._places[self._place[i]].entry(self.names[i], int(self.sizes[i]), int(self._offsets[i]))
 
     def require_labels(self) -> list[str]:
         """The label of every image. Raises UserError if one has none or there are fewer than two classes."""
@@ -113,9 +111,10 @@ class Source:
         archive is unpacked once, by the iteration itself.
         """
         wanted = np.arange(len(self)) if indices is None else np.asarray(indices, np.int64)
-        order = wanted[np.lexsort((wanted, self._offsets[wanted], self._place[wanted]))]
-        for at in np.split(order, np.flatnonzero(np.diff(self._place[order])) + 1) if len(order) else ():
-            place = self._places[self._place[at[0]]]
+        offsets, place_of = self.entries.offsets, self.entries.place
+        order = wanted[np.lexsort((wanted, offsets[wanted], place_of[wanted]))]
+        for at in np.split(order, np.flatnonzero(np.diff(place_of[order])) + 1) if len(order) else ():
+            place = self.entries.places[place_of[at[0]]]
             if not place.packed:
                 for i in map(int, at):
                     yield i, functools.partial(_load, self, i, limit)
@@ -124,7 +123,7 @@ class Source:
                 if place.archive != file_state(place.path):
                     raise Changed(f"{place.path} has changed since it was listed")
                 for i in map(int, at):
-                    stream.seek(int(self._offsets[i]))
+                    stream.seek(int(offsets[i]))
                     data = stream.read(int(self.sizes[i]))
                     yield i, functools.partial(bytes, data if limit is None else data[:limit])
 
@@ -165,7 +164,7 @@ class Source:
 
 
 def _load(source: Source, i: int, limit: int | None) -> bytes:
-    return source.entry(i).load(limit)
+    return source.entries[i].load(limit)
 
 
 def _in_order(names: Sequence[str], sizes: np.ndarray) -> list[int] | None:
