@@ -17,7 +17,7 @@ if sys.argv[1] == "kept":
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def step():
-    return [torch.ones(48 << 18) for _ in range(4)]  # 48 MB each
+    return [torch.ones(4 << 18) for _ in range(40)]  # 4 MB each
 step()
 before = faults()
 for _ in range(5):
@@ -33,7 +33,6 @@ def test_a_step_takes_the_memory_of_the_one_before():
         int(subprocess.run([sys.executable, "-c", CODE, kind], env=env, stdout=subprocess.PIPE, check=True).stdout)
         for kind in ("kept", "given back")
     )
-    pages = 5 * 4 * (48 << 20) // 4096
-    if given_back < pages / 2:
-        pytest.skip("this malloc keeps it anyway, or this system has larger pages")
-    assert kept < pages / 10
+    if given_back < 5 * 40 * 1024 / 10:  # a tenth of the pages of 4 kB
+        pytest.skip("this malloc keeps it anyway, or this system gives more than a page at once")
+    assert kept < 0.7 * given_back

@@ -169,6 +169,27 @@ def test_a_whole_jpeg_is_never_taken_for_one_that_is_completed(size: tuple[int, 
                             decode_reduced(cut, at_least)
 
 
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_a_jpeg_that_lacks_its_last_bytes_is_found_at_a_part_of_its_size_too(subsampling: int) -> None:
+    """Only its last blocks are made up, and those are a few pixels of an image that is decoded so."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8))
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=90, subsampling=subsampling)
+    whole, found = data.getvalue(), 0
+    for lacking in range(3, 360, 9):
+        cut = whole[: -2 - lacking].rstrip(b"\xff") + b"\xff\xd9"
+        is_cut = []
+        for at_least in (None, 100, 200):
+            try:
+                decode_reduced(cut, at_least)
+                is_cut.append(False)
+            except BrokenImage:
+                is_cut.append(True)
+        assert all(is_cut) or not is_cut[0], lacking
+        found += is_cut[0]
+    assert found > 10
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured by Linux alone")
 def test_a_large_image_of_numbers_takes_bounded_memory() -> None:
     """100 million pixels of 16 bits: 200 MB, and as RGB 400 MB; in numbers of eight bytes it would be far more."""

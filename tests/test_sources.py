@@ -60,6 +60,31 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNLABEL_CACHE", str(tmp_path / "cache"))
 
 
+def test_what_only_looks_like_an_image_among_images(tmp_path: Path) -> None:
+    """Also once the suffix is known: a folder, a pipe, a link to a file and one to nowhere."""
+    images = [f"{k:02d}.png" for k in range(40)]
+    for name in images:
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folder.png" / "inner.png").write_bytes(b"xy")
+    (tmp_path / "linked.png").symlink_to(tmp_path / "00.png")
+    (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone")
+    os.mkfifo(tmp_path / "pipe.png")
+    source = open_source(str(tmp_path))
+    assert source.names == [*images, "folder.png/inner.png", "linked.png"]
+    assert sorted(source.skipped) == [("nowhere.png", "link to nowhere"), ("pipe.png", "not a regular file")]
+
+
+def test_images_of_one_name_are_ordered_by_size(tmp_path: Path) -> None:
+    for folder, size in (("a", 3), ("b", 2), ("c", 1)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.png").write_bytes(bytes(size))
+    for order in ("abc", "cab"):
+        source = open_source([str(tmp_path / folder) for folder in order])
+        assert source.sizes.tolist() == [1, 2, 3]
+        assert [Path(entry.path).parent.name for entry in source.entries] == ["c", "b", "a"]
+
+
 def test_folder_and_archives_of_one_tree_are_one_source(tmp_path: Path) -> None:
     sources = [str(make_folder(tmp_path / "folder"))]
     backwards = dict(reversed(TREE.items()))
