@@ -25,7 +25,8 @@ MAX_LABELS = 2000  # choices are made on at most so many labels; beyond it they 
 
 FeatureSets = dict[str, tuple[Block, ...]]
 Split = tuple[np.ndarray, np.ndarray]  # positions to fit on, positions held out
-Judge = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Judge = Callable[[tuple[Block, ...]], np.ndarray]  # cross-validated losses (settings, labels), simplest setting first
+Judged = dict[tuple[Block, ...], np.ndarray]
 
 
 def labels_per_class(y: np.ndarray, per_class: int | Literal["all"]) -> int:
@@ -66,30 +67,21 @@ def subsample(y: np.ndarray, seed: int) -> np.ndarray:
     return np.sort(np.concatenate([m[: max(MANY, len(m) * MAX_LABELS // len(y))] for m in members]))
 
 
-def choose(
-    y: np.ndarray,
-    folds: list[Split],
-    sets: FeatureSets,
-    n_settings: int,
-    prepare: Callable[[tuple[Block, ...]], Judge],
-) -> tuple[str, int]:
+def choose(sets: FeatureSets, judge: Judge, judged: Judged | None = None) -> tuple[str, int]:
     """The best feature set and its setting.
 
     Args:
-        y: (n,) classes that the folds split.
         sets: the candidates.
-        prepare: from a set's blocks to the judge that fits on some labels and gives the losses of others,
-            (n_settings, others), simplest setting first.
+        judge: gives the losses of one, each label's averaged over the repeats.
+        judged: losses found with these labels and folds before; it gains those found now.
     """
-    best, lowest = ("", 0), np.inf
+    best, lowest, judged = ("", 0), np.inf, {} if judged is None else judged
     for name, blocks in sets.items():
-        judge = prepare(blocks)
-        total = np.zeros((n_settings, len(y)))
-        for fit, held_out in folds:
-            total[:, held_out] += judge(fit, held_out)
-        total /= sum(len(held_out) for _, held_out in folds) / len(y)  # the repeats
-        if total.mean(axis=1).min() < lowest:
-            best, lowest = (name, one_standard_error(total)), total.mean(axis=1).min()
+        if blocks not in judged:
+            judged[blocks] = judge(blocks)
+        losses = judged[blocks]
+        if losses.mean(axis=1).min() < lowest:
+            best, lowest = (name, one_standard_error(losses)), losses.mean(axis=1).min()
     return best
 
 

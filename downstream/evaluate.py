@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from downstream import finetune as ft
+from downstream.choosing import Judged
 from downstream.classifier import save_classifier, stored_key
 from downstream.controls import Patches, Pixels
 from downstream.features import BlockStats, StageFeatures, block_stats, extract, feature_stats, joined
@@ -233,6 +234,7 @@ class ArmFiller:
         self.identity, self._draws = identity(arm, k, table), table.draws
         self._network: Backbone | None = None
         self._featurised: Featurised | None = None
+        self._judged: dict[tuple[Count, int], Judged] = {}
 
     @property
     def network(self) -> Backbone:
@@ -298,8 +300,11 @@ class ArmFiller:
         y, scratch = self.table.pool.y[rows], self.arm.kind == "scratch"
         if protocol != "finetune":
             f = self.featurised
-            fit = fit_probe if protocol == "linear" else fit_knn
-            model = fit(f.features, f.row_of[rows], y, f.stats, count, draw, stage=stage)
+            given = f.features, f.row_of[rows], y, f.stats, count, draw
+            if protocol == "linear":
+                model = fit_probe(*given, stage=stage, judged=self._judged.setdefault((count, draw), {}))
+            else:
+                model = fit_knn(*given, stage=stage)
             about = {"chosen": model.chosen, "on_grid_edge": bool(model.on_grid_edge), "steps": None}
             return model.predict(f.features, f.test_rows), about
 

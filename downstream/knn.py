@@ -66,16 +66,15 @@ def fit_knn(
         folds = choosing.splits(few, count, seed)
         grid = [g for g in GRID_K if g <= min(len(fit) for fit, _ in folds) / 2]
 
-        def prepare(blocks: tuple[Block, ...]) -> choosing.Judge:
+        def errors(blocks: tuple[Block, ...]) -> np.ndarray:
             z = _unit(features, blocks, unlabelled_stats, train_idx[keep])
-            likeness = z @ z.T
+            likeness, total = z @ z.T, np.zeros((len(grid), len(few)))
+            for fit, held_out in folds:
+                said = _vote(likeness[np.ix_(held_out, fit)], few[fit], n_classes, grid)
+                total[:, held_out] += said != few[held_out]
+            return total * len(few) / sum(len(held_out) for _, held_out in folds)
 
-            def errors(fit: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-                return _vote(likeness[np.ix_(held_out, fit)], few[fit], n_classes, grid) != few[held_out]
-
-            return errors
-
-        name, choice = choosing.choose(few, folds, sets, len(grid), prepare)
+        name, choice = choosing.choose(sets, errors)
         k, edge = grid[choice], choice in (0, len(grid) - 1)
     blocks = sets[name]
     examples = _unit(features, blocks, unlabelled_stats, train_idx)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+import contextlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from scipy.special import log_softmax
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 from downstream import choosing
 from downstream.features import Block, BlockStats, StageFeatures, standardised
+from downstream.logistic import logistic_path, one_thread
 
 # Set once, on cats and dogs, with features of length about 1: the best C lies between 0.3 (weak features, 250
 # labels per class) and 30 (10 labels), on the easy ten classes of digits above 100; with 1-4 labels hardly
@@ -49,6 +47,7 @@ class ProbeResult:
         return self.logits(features, idx).argmax(axis=1)
 
 
+@one_thread
 def fit_probe(
     features: StageFeatures,
     train_idx: np.ndarray,
@@ -58,6 +57,7 @@ def fit_probe(
     seed: int = 0,
     *,
     stage: str | None = None,
+    judged: choosing.Judged | None = None,
 ) -> ProbeResult:
     """Fit by the few-label protocol (see `downstream.choosing`).
 
@@ -69,12 +69,13 @@ def fit_probe(
         per_class: labels per class; decides what is chosen.
         seed: of the folds.
         stage: confine the probe to one stage, for the table of stages.
+        judged: of the same labels, for several stages: feature sets are judged once.
     """
     count = choosing.labels_per_class(y, per_class)
     sets = choosing.feature_sets(features, count, stage)
     name, c, edge = next(iter(sets)), FIXED_C, False
     if count >= choosing.FEW:
-        name, c, edge = _choose(features, train_idx, y, unlabelled_stats, sets, count, seed)
+        name, c, edge = _choose(features, train_idx, y, unlabelled_stats, sets, count, seed, judged)
     blocks = sets[name]
     coef, intercept = _fit(standardised(features, blocks, unlabelled_stats, train_idx), y, c)
     mean = np.concatenate([unlabelled_stats[b].mean for b in blocks])
@@ -85,6 +86,7 @@ def fit_probe(
     return ProbeResult(blocks, tuple(np.split(coef, cuts, axis=1)), intercept - coef @ mean, chosen, edge)
 
 
+@one_thread
 def fit_head(x: np.ndarray, y: np.ndarray, stats: BlockStats, c: float = FIXED_C) -> tuple[np.ndarray, np.ndarray]:
     """Weights (K, D) and bias (K,) of a linear layer on raw features x (n, D): where fine-tuning starts."""
     coef, intercept = _fit((x - stats.mean) * stats.scale, y, c)
@@ -100,39 +102,35 @@ def _choose(
     sets: choosing.FeatureSets,
     count: int,
     seed: int,
+    judged: choosing.Judged | None,
 ) -> tuple[str, float, bool]:
     """(feature set, C, whether that C is the first or last of the grid) by cross-validated log-loss."""
     keep = choosing.subsample(y, seed)
     few = y[keep]
+    folds = choosing.splits(few, count, seed)
+    fitted = np.zeros((len(folds), len(few)), bool)
+    for mine, (fit, _) in zip(fitted, folds, strict=True):
+        mine[fit] = True
+    times = (~fitted).sum(axis=0)  # that a label is held out
 
-    def prepare(blocks: tuple[Block, ...]) -> choosing.Judge:
-        z, _ = _rotate(standardised(features, blocks, stats, train_idx[keep]))
+    def log_losses(blocks: tuple[Block, ...]) -> np.ndarray:
+        z = _same_products(standardised(features, blocks, stats, train_idx[keep]))
+        losses = []
+        for coef, intercept in logistic_path(z, few, GRID_C, fitted):
+            log_p = log_softmax(np.einsum("nd,fkd->fnk", z, coef, optimize=True) + intercept[:, None], axis=2)
+            own = -log_p[:, np.arange(len(few)), few]
+            losses.append(np.where(fitted, 0, own).sum(axis=0) / times)
+        return np.stack(losses)
 
-        def log_losses(fit: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-            own = np.arange(len(held_out)), few[held_out]
-            models = _path(z[fit], few[fit], GRID_C)
-            return np.stack([-log_softmax(_logits(m, z[held_out]), axis=1)[own] for m in models])
-
-        return log_losses
-
-    name, k = choosing.choose(few, choosing.splits(few, count, seed), sets, len(GRID_C), prepare)
+    name, k = choosing.choose(sets, log_losses, judged)
     return name, GRID_C[k], k in (0, len(GRID_C) - 1)
 
 
 def _fit(z: np.ndarray, y: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray]:
     """Weights (K, D) and bias (K,) of multinomial logistic regression on standardised features."""
     rotated, basis = _rotate(z)
-    model = next(_path(rotated, y, (c,), tol=1e-8))
-    return _outputs(model.coef_) @ basis.T, _outputs(np.asarray(model.intercept_))
-
-
-def _outputs(weights: np.ndarray) -> np.ndarray:
-    """(K, ...) of scikit-learn's weights, which for two classes are one row: the same probabilities by two."""
-    return np.concatenate([-weights, weights]) / 2 if len(weights) == 1 else np.asarray(weights)
-
-
-def _logits(model: LogisticRegression, z: np.ndarray) -> np.ndarray:
-    return z @ _outputs(model.coef_).T + _outputs(np.asarray(model.intercept_))
+    coef, intercept = next(logistic_path(rotated, y, (c,), tol=1e-8))
+    return coef[0] @ basis.T, intercept[0]
 
 
 def _rotate(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -149,12 +147,9 @@ def _rotate(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(r.T), basis
 
 
-def _path(z: np.ndarray, y: np.ndarray, grid: Sequence[float], tol: float = 1e-4) -> Iterator[LogisticRegression]:
-    """The model for each C, each started from the one before it; the intercept is not penalised."""
-    model = LogisticRegression(warm_start=True, max_iter=1000, tol=tol)
-    for c in grid:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a separable set at large C: close enough
-            model.C = c
-            model.fit(z, y)
-        yield model
+def _same_products(z: np.ndarray) -> np.ndarray:
+    """`_rotate` without its basis, where only inner products count: (n, min(n, d))."""
+    if len(z) < z.shape[1]:
+        with contextlib.suppress(np.linalg.LinAlgError):  # of two equal images, perhaps
+            return np.linalg.cholesky(z @ z.T)
+    return _rotate(z)[0]

@@ -83,6 +83,18 @@ def paired(
     return _estimate(difference, clusters, -1.0, n_resamples, seed)
 
 
+def alike(correct: np.ndarray, versus: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two results (seeds, draws, test images) in one shape, to be compared.
+
+    Over seeds that only one of them has nothing can be said, so there the other counts by its mean; a single draw
+    (that of all labels) stands beside each draw.
+    """
+    if len(correct) < len(versus):
+        versus = versus.mean(axis=0, keepdims=True)
+    a, b = np.broadcast_arrays(correct, versus)
+    return a, b
+
+
 def _estimate(values: np.ndarray, clusters: np.ndarray, lowest: float, n_resamples: int, seed: int) -> Estimate:
     values = values[None] if values.ndim == 2 else values
     n_seeds, n_draws, n_test = values.shape

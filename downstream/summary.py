@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
-
-import numpy as np
 
 from downstream import evaluate as ev
 from downstream import stats
+from downstream.efficiency import labels_to_match
 
 __all__ = ["summarise"]
 
@@ -50,17 +49,35 @@ def summarise(
             if (arm, protocol, count, None) not in correct:
                 continue
             a, b = correct[arm, protocol, count, None], correct[versus, protocol, count, None]
-            if len(a) < len(b):  # fewer seeds than what it is compared with: over those nothing can be said
-                b = b.mean(axis=0, keepdims=True)
-            a, b = np.broadcast_arrays(a, b)
-            e = stats.paired(a, b, clusters_)
+            e = stats.paired(*stats.alike(a, b), clusters_)
             paired.append({
                 "arm": arm, "versus": versus, "protocol": protocol, "labels_per_class": count, "difference": e.mean,
                 "ci_low": e.ci_low, "ci_high": e.ci_high, "verdict": stats.verdict(e.ci_low, e.ci_high),
                 "primary": (arm, versus, protocol, count) in primary, "n_draws": e.n_draws, "n_seeds": e.n_seeds,
                 "unit": e.unit, "note": e.note,
             })  # fmt: skip
-    return {"schema": 1, "rows": rows, "summary": summary, "stages": stages, "paired": paired}
+    saved = list(_efficiency(table, tasks, correct)) if "scratch" in present else []
+    return {
+        "schema": 1, "rows": rows, "summary": summary, "stages": stages, "paired": paired, "label_efficiency": saved,
+    }  # fmt: skip
+
+
+def _efficiency(table: ev.Table, tasks: Sequence[ev.Arm], correct: ev.Predictions) -> Iterator[dict[str, Any]]:
+    """For each task and label count, the labels per class that `scratch` needs to match it."""
+    for protocol in table.protocols:
+        control = {
+            table.labels(count) / len(table.classes): correct["scratch", protocol, count, None]
+            for count in table.counts
+            if ("scratch", protocol, count, None) in correct
+        }
+        for arm in tasks if control else []:
+            for count in table.counts:
+                match = labels_to_match(correct[arm.name, protocol, count, None], control, table.test.clusters)
+                yield {
+                    "arm": arm.name, "protocol": protocol, "labels_per_class": count,
+                    "scratch_labels": match.labels, "ci_low": match.low, "ci_high": match.high,
+                    "measured": [min(control), max(control)],
+                }  # fmt: skip
 
 
 _VERSUS = [

@@ -82,6 +82,9 @@ def test_results_follow_the_schema(compared: Path):
         assert (line["n_draws"], line["n_seeds"], line["unit"]) == (2, 1, "draw")
     stages = {(r["arm"], r["stage"]) for r in results["stages"]}
     assert stages == {(a, s) for a in ("rotation", "denoising", "random") for s in ("s1", "s2", "s4", "s8")}
+    saved = {(r["arm"], r["protocol"], r["labels_per_class"], *r["measured"]) for r in results["label_efficiency"]}
+    assert saved == {(a, "finetune", c, 1.0, 25.0) for a in ("rotation", "denoising") for c in (1, 5, 25)}
+    assert "Labels saved" in (compared / "report.html").read_text()
     primary = [p for p in results["paired"] if p["primary"]]
     assert [(p["arm"], p["versus"], p["protocol"], p["labels_per_class"]) for p in primary] == [
         ("rotation", "scratch", "finetune", 5)

@@ -9,6 +9,7 @@ from downstream import choosing, probe
 from downstream.features import StageFeatures, block_stats, feature_stats, standardised
 from downstream.knn import fit_knn
 from downstream.label_draws import LabelDraws
+from downstream.logistic import logistic_path
 from downstream.probe import FIXED_C, fit_head, fit_probe
 
 BOTH = [fit_probe, fit_knn]
@@ -41,6 +42,21 @@ def test_equals_scikit_learn(classes, per_class):
     np.testing.assert_allclose(softmax(result.logits(features), axis=1), reference.predict_proba(z), atol=2e-4)
     few = np.array([7, 3])
     assert np.array_equal(result.predict(features, few), reference.predict(z)[few])
+
+
+@pytest.mark.parametrize(("classes", "width"), [(2, 6), (2, 80), (3, 6), (3, 80)])
+def test_many_fits_at_once_equal_scikit_learn_one_by_one(classes, width):
+    """Subsets of unequal size, more examples than features and fewer, every C of a path."""
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % classes
+    z = rng.normal(size=(60, width)) * np.exp(-np.arange(width) / 10) + y[:, None] * 0.3
+    subsets = rng.random((4, 60)) < 0.7
+    grid = (0.5, 8.0, 128.0)
+    for c, (coef, intercept) in zip(grid, logistic_path(z, y, grid, subsets, tol=1e-9), strict=True):
+        assert coef.shape == (4, classes, width)
+        for one, w, b in zip(subsets, coef, intercept, strict=True):
+            reference = LogisticRegression(C=c, tol=1e-9, max_iter=10_000).fit(z[one], y[one])
+            np.testing.assert_allclose(softmax(z @ w.T + b, axis=1), reference.predict_proba(z), atol=2e-4)
 
 
 @pytest.mark.parametrize("classes", [2, 4])

@@ -26,7 +26,8 @@ import torch
 
 OUT = Path("results/benchmark.json")
 ROUNDS = 5
-COUNTS = {"96x96": 20_000, "500x375": 1024}  # photos that are cut
+COUNTS = {"96x96": 20_000, "500x375": 2048}  # photos that are cut
+FIRST = {"small": 2048, "resnet18": 512}  # images of a first epoch
 PARTS = ["training", "packing", "more", "start", "million", "probe"]
 # (task, network, photos, images of an epoch and a block, whether the other libraries run): about equal in time.
 RACES = [
@@ -60,15 +61,12 @@ QUICK = ("later_over_limit", "later_over_plain_fp32", "later_over_plain_bf16", "
 
 
 def ratios(speeds: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Median and range over the rounds, each round's figures with one another; the first epoch is one figure."""
+    """Median and range over the rounds, each round's figures with one another."""
     found = {}
     for name, (over, under) in OVER.items():
         if not isinstance(speeds.get(under), list):
             continue
-        below = speeds[under]
-        above = speeds[over] * len(below) if over == "first" else speeds[over]
-        each = [a / b for a, b in zip(above, below, strict=True)]
-        found[name] = spread(each)
+        found[name] = spread([a / b for a, b in zip(speeds[over], speeds[under], strict=True)])
     return found
 
 
@@ -89,7 +87,8 @@ def training(races: list[tuple], rounds: int) -> Iterator[dict[str, Any]]:
         key = (network, size)
         workers[key] = workers.get(key) or best_workers(setting)
         begun = time.perf_counter()
-        speeds = race(setting, rounds, workers[key], peers)
+        many = FIRST[network]
+        speeds = race(setting, Setting(task, network, part(photos(size), many), many), rounds, workers[key], peers)
         found = ratios(speeds)
         print(f"\n{task}, {network}, photos of {size} ({time.perf_counter() - begun:.0f} s), images/s:")
         print("  " + "  ".join(f"{n} {statistics.median(v):.0f}" for n, v in speeds.items() if isinstance(v, list)))
@@ -98,7 +97,7 @@ def training(races: list[tuple], rounds: int) -> Iterator[dict[str, Any]]:
                 print(f"  {name} skipped: {why}")
         show(found)
         yield {
-            "name": name_of((task, network, size)), "images": images, "workers": workers[key],
+            "name": name_of((task, network, size)), "images": images, "first_images": many, "workers": workers[key],
             "images_per_second": speeds, "ratios": found,
         }  # fmt: skip
 
@@ -136,7 +135,7 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
 def part_packing() -> dict[str, Any]:
     from once import packing
 
-    speeds = packing(photos("500x375"), 64, ROUNDS)
+    speeds = packing(part(photos("500x375"), 1024), 64, ROUNDS)
     over = {
         f"over_{k}": spread([a / b for a, b in zip(speeds["unlabel"], speeds[k], strict=True)])
         for k in ("pil", "pil_processes")

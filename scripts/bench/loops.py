@@ -248,26 +248,30 @@ class Contender:
         self.folder.cleanup()
 
 
-def race(setting: Setting, rounds: int, workers: dict[str, int], peers: bool) -> dict[str, list[float] | str]:
-    """Images per second of every contender in each round; for a peer that cannot be had, why not."""
+def race(
+    setting: Setting, first: Setting, rounds: int, workers: dict[str, int], peers: bool
+) -> dict[str, list[float] | str]:
+    """Images per second of every contender in each round; for a peer that cannot be had, why not.
+
+    ``first``: what a run of one epoch is started on in each round, for the speed of first epochs.
+    """
     names = ["limit", "plain_fp32", "plain_bf16", *(["lightly", "stable_pretraining"] if peers else [])]
     wanted = workers | {"lightly": workers["plain_fp32"], "stable_pretraining": workers["plain_bf16"]}
     found: dict[str, list[float] | str] = {}
     own = Contender("unlabel", setting, 0, rounds + 1)
     others = {name: Contender(name, setting, wanted.get(name, 0), rounds) for name in names}
     try:
-        first = own.block()
-        if isinstance(first, str):
-            raise RuntimeError(first)
-        seconds, images = first
-        speeds = {"first": [images / seconds], "later": [], **{name: [] for name in names}}
+        own.block()  # its own first epoch
+        speeds = {name: [] for name in ("first", "later", *names)}
         for _ in range(rounds):
-            for name, contender in {"later": own, **others}.items():
+            fresh = Contender("unlabel", first, 0, 1)
+            for name, contender in {"first": fresh, "later": own, **others}.items():
                 block = contender.block() if name not in found else ""
                 if isinstance(block, str):
                     found.setdefault(name, block)
                 else:
                     speeds[name].append(block[1] / block[0])
+            fresh.leave()
     finally:
         for contender in (own, *others.values()):
             contender.leave()
@@ -292,7 +296,7 @@ def best_workers(setting: Setting) -> dict[str, int]:
     return best
 
 
-def same_speed_for_more_images(setting: Setting, more: Path, rounds: int, steps: int = 8) -> list[float]:
+def same_speed_for_more_images(setting: Setting, more: Path, rounds: int, steps: int = 24) -> list[float]:
     """Time per image with the images of ``more``, over that with the images of ``setting``: one ratio per round."""
     step, ratios = setting.own_step(), []
     with tempfile.TemporaryDirectory() as temporary, packed_in(temporary):

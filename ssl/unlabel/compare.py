@@ -309,6 +309,7 @@ def _fill_and_report(
     write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     page = report.write_report(out)
     said = [report.format_table(results), report.answer(results)] if table.protocols else []
+    said.append(report.format_efficiency(results))
     print("\n" + "\n\n".join(filter(None, [*said, report.format_label_free(results), f"open {page}"])))
     return out
 

@@ -17,6 +17,7 @@ _MAGIC = re.compile(
     rb"|....(jP  |ftypavi[fs])|\xff\x4f\xff\x51",
     re.DOTALL,
 )
+_MIRRORED = np.array([[1] * 8, [1, -1] * 4])[:, None]  # signs of the horizontal frequencies, and of their mirror's
 _BLOCK = 1 << 22  # pixels of an image of numbers that are worked on at once
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -102,9 +103,8 @@ def perceptual_hashes(image: Image.Image, square: tuple[int, int, int, int]) -> 
     small = image.resize((32, 32), Image.Resampling.BOX, square, reducing_gap=2.0).convert("L")
     basis = _cosines()
     coefficients = basis @ (np.asarray(small, np.float64) - 127.5) @ basis.T
-    mirrored = coefficients * np.where(np.arange(8) % 2, -1, 1)
-    first, second = (int.from_bytes(np.packbits(c > 0).tobytes(), "big") for c in (coefficients, mirrored))
-    return first, second
+    bits = np.packbits(_MIRRORED * coefficients > 0).tobytes()
+    return int.from_bytes(bits[:8], "big"), int.from_bytes(bits[8:], "big")
 
 
 @functools.cache
@@ -131,21 +131,26 @@ def _is_cut(image: Image.Image, data: bytes, reduced: int) -> bool:
         if 0xC0 <= data[at + 1] <= 0xCF and data[at + 1] not in (0xC4, 0xC8, 0xCC):
             frame = at
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    end = data.find(b"\xff\xd9", at)
-    if not frame or data[at : at + 2] != b"\xff\xda" or end < 0:
+    if not frame or data[at : at + 2] != b"\xff\xda":
         return False
-    if _lacks_scans(data, at, end, components=data[frame + 9]):
+    components, sequential, count = data[frame + 9], data[frame + 1] in (0xC0, 0xC1), data[at + 4]
+    # Nearly all are one scan of everything; of those nearly none ends in one colour, and no more need be asked.
+    alone = sequential and count == components and data[at + 5 + 2 * count : at + 8 + 2 * count] == b"\x00\x3f\x00"
+    factors = [divmod(data[frame + 11 + 3 * k], 16) for k in range(components)]
+    # Colour that is enlarged to the size of the grey mixes with the block before; reduced alike in width and height,
+    # it need not be enlarged when the whole is reduced.
+    mixed = reduced == 1 or any(w * factors[0][1] != h * factors[0][0] for w, h in factors)
+    if alone and not _ends_flat(image, 8 // reduced, int(mixed)):
+        return False
+    end = data.find(b"\xff\xd9", at)
+    if end < 0:
+        return False
+    if not alone and _lacks_scans(data, at, end, components):
         return True
     # A whole picture does not depend on what follows its last bit, and one that is completed does. To decode twice
     # more, be it at an eighth of the size, is worth it only where the picture ends in one colour. (Arithmetic coding
     # may leave out its last bits, and is not looked at.)
-    if data[frame + 1] not in (0xC0, 0xC1):
-        return False
-    factors = [divmod(data[frame + 11 + 3 * k], 16) for k in range(data[frame + 9])]
-    # Colour that is enlarged to the size of the grey mixes with the block before; reduced alike in width and height,
-    # it need not be enlarged when the whole is reduced.
-    mixed = reduced == 1 or any(w * factors[0][1] != h * factors[0][0] for w, h in factors)
-    if not _ends_flat(image, 8 // reduced, int(mixed)):
+    if not sequential or not (alone or _ends_flat(image, 8 // reduced, int(mixed))):
         return False
     first, second = (_eighth(data[:end] + more + b"\xff\xd9") for more in (b"", bytes(range(7, 247, 3))))
     return ImageChops.difference(first, second).getbbox() is not None
@@ -166,8 +171,7 @@ def _lacks_scans(data: bytes, at: int, end: int, components: int) -> bool:
 def _ends_flat(image: Image.Image, block: int, margin: int) -> bool:
     """Whether the last `block` x `block` pixels, but for the first `margin` rows and columns, are of one colour."""
     left, top = ((n - 1) // block * block + min(margin, (n - 1) % block) for n in image.size)
-    corner = np.asarray(image.crop((left, top, *image.size)))
-    return bool((corner == corner[0, 0]).all())
+    return image.crop((left, top, *image.size)).getcolors(1) is not None
 
 
 def _eighth(data: bytes) -> Image.Image:

@@ -121,7 +121,7 @@ def make_plan(
     if epochs * n / plan.batch_size > MOST_STEPS or (config.minutes or 0) > MOST_STEPS:
         raise UserError("--epochs or --minutes: more than anybody can wait for")
     steps = steps_for(epochs, n, plan.batch_size)
-    per_step = config.accumulate * measure(model, plan, batch_of, 12 if config.minutes is not None else 4)
+    per_step = config.accumulate * measure(model, plan, batch_of, 12 if config.minutes is not None else 3)
     if config.minutes is not None:
         steps = max(1, int(config.minutes * 60 / per_step))
     if distributed.is_main():
@@ -146,7 +146,8 @@ def _resolved_before(resolved: dict[str, Any], now: Plan) -> Plan:
 def measure(model: nn.Module, plan: Plan, batch_of: Batches, at_most: int) -> float:
     """Seconds per step, averaged over the phases and the sizes of training. The model itself is not touched.
 
-    Per size the median of up to ``at_most`` steps in MEASURE_SECONDS, but for the first two, which warm up.
+    Per size the median of up to ``at_most`` steps, three or more, in MEASURE_SECONDS, but for the first two, which
+    warm up.
     """
     twin: Any = copy.deepcopy(model)
     phases = max(task.phases for task in twin.tasks.values())
@@ -165,7 +166,7 @@ def _measure_phase(twin: Any, phase: int, plan: Plan, batch_of: Batches, at_most
         times: list[float] = []
         # All ranks do the same number of steps: a task may compute something together.
         while distributed.any_rank(
-            len(times) < 4 or (len(times) < at_most and sum(times) < MEASURE_SECONDS), batch_of.device
+            len(times) < min(at_most, 4) or (len(times) < at_most and sum(times) < MEASURE_SECONDS), batch_of.device
         ):
             k, begun = len(times), time.perf_counter()
             batch = batch_of(int((at + share / 2) * steps) + k, progress=0.5)

@@ -6,7 +6,8 @@ escaped. Free of torch.
 
 The parts: `report_text` (the answer, the plain table), `report_choice` (the answer where weights were given),
 `report_plots` and `report_charts` (SVG),
-`report_results` and `report_origin` (the two halves of the page), `report_label_free` (between them),
+`report_results` and `report_origin` (the two halves of the page), `report_efficiency` and `report_label_free`
+(between them),
 `report.css` (light, dark and print).
 """
 
@@ -16,14 +17,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from unlabel import report_charts, report_label_free, report_origin, report_results
+from unlabel import report_charts, report_efficiency, report_label_free, report_origin, report_results
 from unlabel.errors import UserError
 from unlabel.page import css, write_page
 from unlabel.report_choice import answer, title
+from unlabel.report_efficiency import format_efficiency
 from unlabel.report_label_free import format_label_free
 from unlabel.report_text import format_table
 
-__all__ = ["accuracy_svg", "answer", "format_label_free", "format_table", "write_report"]
+__all__ = ["accuracy_svg", "answer", "format_efficiency", "format_label_free", "format_table", "write_report"]
 
 
 def write_report(folder: Path) -> Path:
@@ -39,6 +41,7 @@ def write_report(folder: Path) -> Path:
             report_results.head(results),
             report_results.accuracy(results),
             report_results.differences(results),
+            report_efficiency.efficiency(results),
             report_results.stages(results),
             report_label_free.label_free(results),
             report_results.pictures(folder, results),

@@ -39,6 +39,7 @@ class Point:
     y: float
     low: float | None = None
     high: float | None = None
+    tip: str = ""  # for the tooltip, instead of the value
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ def _line(line: Line, sx, sy) -> list[str]:
             tip = f"{line.name}: {100 * p.y:.1f} %" if line.percent else f"{line.name}: {p.y:.4g}"
             if p.low is not None and p.high is not None:
                 tip += f" [{100 * p.low:.1f}, {100 * p.high:.1f}]"
+            tip = p.tip or tip
             parts.append(f"<g><title>{escape(tip)}</title>{_marker(style.marker, sx(p.x), sy(p.y))}</g>")
     parts.append("</g>")
     return parts

@@ -63,7 +63,8 @@ class Source:
             order = [i for i in (range(len(names)) if order is None else order) if names[i] in csv_labels]
         rows = slice(None) if order is None else np.array(order, np.int64)  # a slice copies nothing
         self.spec = spec
-        self.names = Names(names if order is None else map(names.__getitem__, order))
+        ordered = names if order is None else [names[i] for i in order]
+        self.names = Names(ordered)
         columns = (column[rows] for column in (entries.sizes, entries.offsets, entries.place))
         self.entries = Entries(entries.places, self.names, *columns)
         self.sizes = self.entries.sizes
@@ -75,10 +76,10 @@ class Source:
         outside = [] if csv_labels is not None else [name for name in names if "/" not in name]  # in no class folder
         self._outside = (len(outside), min(outside, default=""))
         if csv_labels is not None:
-            self.labels = [csv_labels[name] for name in self.names]
+            self.labels = [csv_labels[name] for name in ordered]
         elif not outside:
             one = dict[str, str]()  # string for all images of a class
-            self.labels = [one.setdefault(label := name.split("/", 1)[0], label) for name in self.names]
+            self.labels = [one.setdefault(label := name.split("/", 1)[0], label) for name in ordered]
 
     def __len__(self) -> int:
         return len(self.sizes)

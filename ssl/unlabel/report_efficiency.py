@@ -1,0 +1,105 @@
+"""Labels saved: how many `scratch` needs to match a pretrained arm, from `label_efficiency` in results.json."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from typing import Any
+
+from unlabel.report_charts import label_axis
+from unlabel.report_html import html_figure, html_table
+from unlabel.report_plots import Axis, Line, Panel, Point, Style, styles
+from unlabel.report_text import Row, arms_of, find, labels_of, number, protocol_name, protocols_of, rows_of
+
+__all__ = ["efficiency", "format_efficiency"]
+
+
+def _count(row: Row, key: str) -> str:
+    """A number of labels per class as text: "140", "< 10" and "> 250" where it lies outside what was measured."""
+    least, most = _measured(row)
+    value = number(row.get(key))
+    if value is None:
+        return f"> {most:,.0f}"
+    return f"{value:,.0f}" if value else f"< {least:,.0f}"
+
+
+def _measured(row: Row) -> tuple[float, float]:
+    least, most = row["measured"]
+    return float(least), float(most)
+
+
+def _cell(row: Row | None) -> str:
+    """ "140 [90, > 250]"; the interval is left out where it would only say the same again."""
+    if row is None:
+        return "-"
+    middle, low, high = (_count(row, key) for key in ("scratch_labels", "ci_low", "ci_high"))
+    return middle if middle == low == high else f"{middle} [{low}, {high}]"
+
+
+def _rows(results: dict[str, Any]) -> list[Row]:
+    return [r for r in rows_of(results, "label_efficiency") if isinstance(r.get("measured"), list) and r.get("arm")]
+
+
+def format_efficiency(results: dict[str, Any]) -> str:
+    """A line per arm as plain ASCII text; "" where there is nothing to say."""
+    rows = _rows(results)
+    lines = ["labels per class -> those that scratch needs to match it [95 % interval]", ""] if rows else []
+    for arm in arms_of(rows):
+        own = [row for row in rows if row.get("arm") == arm]
+        each = ", ".join(f"{row.get('labels_per_class')} -> {_cell(row)}" for row in own)
+        lines.append(f"{arm}: {each}")
+    return "\n".join(lines)
+
+
+def _panel(rows: list[Row], protocol: str, look: dict[str, Style]) -> Panel:
+    place, x = label_axis(rows)
+    least, most = math.log10(_measured(rows[0])[0]), math.log10(_measured(rows[0])[1])
+    pad = 0.12 * (most - least) or 0.3
+    low, high = least - pad, most + pad
+
+    def height(value: float | None) -> float:
+        """What is below or above all that was measured is drawn at the edge."""
+        return high if value is None else math.log10(value) if value else low
+
+    lines = []
+    for arm in arms_of(rows):
+        points = [
+            Point(
+                place[row["labels_per_class"]], height(number(row.get("scratch_labels"))),
+                height(number(row.get("ci_low"))), height(number(row.get("ci_high"))),
+                f"{arm}, {row['labels_per_class']} labels per class: scratch needs {_cell(row)}",
+            )
+            for row in rows
+            if row.get("arm") == arm
+        ]  # fmt: skip
+        lines.append(Line(arm, look[arm], sorted(points, key=lambda p: p.x), joined=len(points) > 1))
+    counts = [n for n in labels_of(rows) if n != "all"]
+    same = [Point(place[n], math.log10(n)) for n in counts]
+    lines.insert(0, Line("as many", Style("control", "2 3"), same, marked=False))
+    ticks = [(math.log10(n), str(n)) for n in counts] + [(low, f"< {10**least:.0f}"), (high, f"> {10**most:.0f}")]
+    return Panel(f"{protocol_name(protocol)}, labels that scratch needs", lines, x, Axis(low, high, ticks))
+
+
+def efficiency(results: dict[str, Any]) -> str:
+    """The figure and its numbers."""
+    rows = _rows(results)
+    if not rows:
+        return ""
+    look = styles(arms_of([*rows_of(results, "summary"), *rows]))
+    parts, panels = [], []
+    for protocol in protocols_of(rows):
+        own = [row for row in rows if row.get("protocol") == protocol]
+        panels.append(_panel(own, protocol, look))
+        counts = labels_of(own)
+        lines = [
+            [escape(arm), *(escape(_cell(find(own, arm=arm, labels_per_class=count))) for count in counts)]
+            for arm in arms_of(own)
+        ]
+        about = f"<b>{escape(protocol_name(protocol))}</b>, labels per class that scratch needs [95&nbsp;% interval]"
+        parts.append(html_table(["labels per class", *map(str, counts)], lines, about))
+    about = (
+        "Labels per class with which training from scratch is as good as the arm is with those below it. Between the "
+        "counts that were measured, its accuracy is taken to rise evenly with the logarithm of the count; beyond them "
+        "nothing is claimed."
+    )
+    return "<h2>Labels saved</h2>\n" + html_figure(panels, about) + "\n" + "\n".join(parts)
