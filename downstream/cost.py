@@ -28,6 +28,8 @@ def print_cost(table: Table, arms: Sequence[Arm], label_free: bool = False) -> N
     for arm in arms:
         protocols = arm.protocols(table.protocols)
         fits += len(arm.seeds) * len(plan) * sum(p != "finetune" for p in protocols)
+        if arm.kind == "backbone" and "linear" in protocols:
+            fits += len(arm.seeds) * len(table.parts) * table.n_draws
         networks += len(arm.seeds) * (arm.kind in ("backbone", "random"))
         if "finetune" not in protocols:
             continue

@@ -110,6 +110,12 @@ class Table:
             for draw in range(1 if count == "all" else self.n_draws):
                 yield count, draw
 
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """A half and a quarter of the largest label count, beside the counts asked for: what a forecast starts from."""
+        largest = max((c for c in self.counts if c != "all"), default=0)
+        return tuple(c for c in (largest // 2, largest // 4) if c not in self.counts) if largest >= 4 else ()
+
     def labels(self, count: Count) -> int:
         """How many labelled images a fit sees, all classes together."""
         return len(self.pool) if count == "all" else count * len(self.classes)
@@ -329,7 +335,8 @@ def fill(table: Table, arms: Sequence[Arm], keep_classifier: str | None) -> tupl
     """Every cell of the table.
 
     Returns rows (without accuracy: nothing here has read a test label) and predictions, keyed
-    (arm, protocol, count, stage or None): (seeds, draws, T) int64. ``keep_classifier`` names the arm whose
+    (arm, protocol, count, stage or None): (seeds, draws, T) int64; linear probes of backbones also for
+    ``table.parts``. ``keep_classifier`` names the arm whose
     fine-tuned classifier of the largest label count and draw 0 is saved into ``table.out``.
     """
     store, rows, predictions = Store(table), [], {}
@@ -344,6 +351,10 @@ def fill(table: Table, arms: Sequence[Arm], keep_classifier: str | None) -> tupl
             jobs: list[tuple[int, Count, int, str | None]] = [
                 (k, c, d, s) for s in stages for k in range(len(fillers)) for c, d in table.plan()
             ]
+            if protocol == "linear" and arm.kind == "backbone":
+                jobs += [
+                    (k, c, d, None) for k in range(len(fillers)) for c in table.parts for d in range(table.n_draws)
+                ]
             bar = tqdm(jobs, desc=f"{arm.name} {protocol}", unit="fit", dynamic_ncols=True, mininterval=1.0)
             seen, begun = 0, time.monotonic()
 
@@ -358,7 +369,7 @@ def fill(table: Table, arms: Sequence[Arm], keep_classifier: str | None) -> tupl
                 keep = table.out if (arm.name, count, draw, k, protocol) == product else None
                 cell = fillers[k].cell(protocol, count, draw, stage, on_step, keep)
                 cells.setdefault((count, stage), [[] for _ in fillers])[k].append(cell.predicted)
-                if stage is None:
+                if stage is None and count in table.counts:
                     where = {"arm": arm.name, "protocol": protocol, "labels_per_class": count}
                     rows.append({**where, "draw": draw, "seed": arm.seeds[k], **cell.about})
             for (count, stage), found in cells.items():

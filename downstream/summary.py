@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from downstream import evaluate as ev
 from downstream import stats
 from downstream.efficiency import labels_to_match
+from downstream.forecast import LEVEL, forecast
 
 __all__ = ["summarise"]
 
@@ -32,6 +35,8 @@ def summarise(
         row["accuracy"] = float(hits[seed_at[row["arm"]][row["seed"]], row["draw"]].mean())
     summary, stages = [], []
     for (arm, protocol, count, stage), hits in correct.items():
+        if count not in table.counts:
+            continue
         e = stats.summarise(hits, clusters_)
         line = {
             "arm": arm, "protocol": protocol, "labels_per_class": count, "mean": e.mean, "ci_low": e.ci_low,
@@ -59,6 +64,7 @@ def summarise(
     saved = list(_efficiency(table, tasks, correct)) if "scratch" in present else []
     return {
         "schema": 1, "rows": rows, "summary": summary, "stages": stages, "paired": paired, "label_efficiency": saved,
+        "forecast": list(_forecasts(table, tasks, correct)),
     }  # fmt: skip
 
 
@@ -78,6 +84,19 @@ def _efficiency(table: ev.Table, tasks: Sequence[ev.Arm], correct: ev.Prediction
                     "scratch_labels": match.labels, "ci_low": match.low, "ci_high": match.high,
                     "measured": [min(control), max(control)],
                 }  # fmt: skip
+
+
+def _forecasts(table: ev.Table, tasks: Sequence[ev.Arm], correct: ev.Predictions) -> Iterator[dict[str, Any]]:
+    """For each task: what twice and four times the largest number of labels would give the linear probe."""
+    largest = max((c for c in table.counts if c != "all"), default=0)
+    clusters = len(np.unique(table.test.clusters))
+    for arm in tasks if largest >= 4 and "linear" in table.protocols else []:
+        accuracies = [float(correct[arm.name, "linear", largest // part, None].mean()) for part in (1, 2, 4)]
+        for times, found in forecast(accuracies, largest, len(table.classes), clusters).items():
+            yield {
+                "arm": arm.name, "protocol": "linear", "from": largest, "labels_per_class": times * largest,
+                "mean": found.mean, "low": found.low, "high": found.high, "level": LEVEL,
+            }  # fmt: skip
 
 
 _VERSUS = [

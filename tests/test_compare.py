@@ -84,7 +84,12 @@ def test_results_follow_the_schema(compared: Path):
     assert stages == {(a, s) for a in ("rotation", "denoising", "random") for s in ("s1", "s2", "s4", "s8")}
     saved = {(r["arm"], r["protocol"], r["labels_per_class"], *r["measured"]) for r in results["label_efficiency"]}
     assert saved == {(a, "finetune", c, 1.0, 25.0) for a in ("rotation", "denoising") for c in (1, 5, 25)}
-    assert "Labels saved" in (compared / "report.html").read_text()
+    expected = {(a, "linear", 25, n) for a in ("rotation", "denoising") for n in (50, 100)}
+    assert {(r["arm"], r["protocol"], r["from"], r["labels_per_class"]) for r in results["forecast"]} == expected
+    assert all(r["low"] <= r["mean"] <= r["high"] for r in results["forecast"])
+    page = (compared / "report.html").read_text()
+    assert "Labels saved" in page
+    assert "More labels?" in page
     primary = [p for p in results["paired"] if p["primary"]]
     assert [(p["arm"], p["versus"], p["protocol"], p["labels_per_class"]) for p in primary] == [
         ("rotation", "scratch", "finetune", 5)

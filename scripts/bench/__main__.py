@@ -1,9 +1,9 @@
 """The benchmark: one table, and results/benchmark.json with every repeat.
 
-    bash scripts/benchmark                                     training, packing, starting: half an hour on two cores
+    bash scripts/benchmark                                     an hour or more on two cores, and 5 GB of a disk
     bash scripts/benchmark --labelled TRAIN TEST --run RUN     also linear evaluation of a run, on labelled images
     bash scripts/benchmark --parts training packing            some parts only; the others stay as they are in the file
-    bash scripts/benchmark --quick                             three minutes: fails if a ratio is 10 % below the file's
+    bash scripts/benchmark --quick                             minutes: fails if a ratio is 10 % below the file's
 
 Photos are cut from scikit-learn's two sample photographs, 96 x 96 and 500 x 375. The other libraries run if they are
 installed (the extra `bench`).

@@ -309,7 +309,7 @@ def _fill_and_report(
     write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     page = report.write_report(out)
     said = [report.format_table(results), report.answer(results)] if table.protocols else []
-    said.append(report.format_efficiency(results))
+    said += [report.format_efficiency(results), report.format_forecasts(results)]
     print("\n" + "\n\n".join(filter(None, [*said, report.format_label_free(results), f"open {page}"])))
     return out
 
@@ -359,7 +359,7 @@ def _write(out: Path, table: ev.Table, results: dict[str, Any], predictions: ev.
     arrays: dict[str, Any] = {
         f"{arm}|{protocol}|{count}": p == table.test.y
         for (arm, protocol, count, stage), p in predictions.items()
-        if stage is None
+        if stage is None and count in table.counts
     }
     names = np.array([n.encode("utf-8", "surrogateescape") for n in table.test.names])
     np.savez_compressed(out / "predictions.npz", test_names=names, test_clusters=table.test.clusters, **arrays)

@@ -21,11 +21,19 @@ from unlabel import report_charts, report_efficiency, report_label_free, report_
 from unlabel.errors import UserError
 from unlabel.page import css, write_page
 from unlabel.report_choice import answer, title
-from unlabel.report_efficiency import format_efficiency
+from unlabel.report_efficiency import format_efficiency, format_forecasts
 from unlabel.report_label_free import format_label_free
 from unlabel.report_text import format_table
 
-__all__ = ["accuracy_svg", "answer", "format_efficiency", "format_label_free", "format_table", "write_report"]
+__all__ = [
+    "accuracy_svg",
+    "answer",
+    "format_efficiency",
+    "format_forecasts",
+    "format_label_free",
+    "format_table",
+    "write_report",
+]
 
 
 def write_report(folder: Path) -> Path:
@@ -42,6 +50,7 @@ def write_report(folder: Path) -> Path:
             report_results.accuracy(results),
             report_results.differences(results),
             report_efficiency.efficiency(results),
+            report_efficiency.forecasts(results),
             report_results.stages(results),
             report_label_free.label_free(results),
             report_results.pictures(folder, results),

@@ -1,4 +1,7 @@
-"""Labels saved: how many `scratch` needs to match a pretrained arm, from `label_efficiency` in results.json."""
+"""What labels are worth: how many `scratch` needs to match an arm, and what more of them would give it.
+
+From `label_efficiency` and `forecast` in results.json.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ from html import escape
 from typing import Any
 
 from unlabel.report_charts import label_axis
-from unlabel.report_html import html_figure, html_table
+from unlabel.report_html import html_figure, html_table, show
 from unlabel.report_plots import Axis, Line, Panel, Point, Style, styles
-from unlabel.report_text import Row, arms_of, find, labels_of, number, protocol_name, protocols_of, rows_of
+from unlabel.report_text import Row, arms_of, cell, find, labels_of, number, protocol_name, protocols_of, rows_of
 
-__all__ = ["efficiency", "format_efficiency"]
+__all__ = ["efficiency", "forecasts", "format_efficiency", "format_forecasts"]
 
 
 def _count(row: Row, key: str) -> str:
@@ -24,6 +27,7 @@ def _count(row: Row, key: str) -> str:
 
 
 def _measured(row: Row) -> tuple[float, float]:
+    """The least and the most labels per class that `scratch` was measured with."""
     least, most = row["measured"]
     return float(least), float(most)
 
@@ -73,7 +77,7 @@ def _panel(rows: list[Row], protocol: str, look: dict[str, Style]) -> Panel:
             if row.get("arm") == arm
         ]  # fmt: skip
         lines.append(Line(arm, look[arm], sorted(points, key=lambda p: p.x), joined=len(points) > 1))
-    counts = [n for n in labels_of(rows) if n != "all"]
+    counts = [n for n in labels_of(rows) if isinstance(n, int)]
     same = [Point(place[n], math.log10(n)) for n in counts]
     lines.insert(0, Line("as many", Style("control", "2 3"), same, marked=False))
     ticks = [(math.log10(n), str(n)) for n in counts] + [(low, f"< {10**least:.0f}"), (high, f"> {10**most:.0f}")]
@@ -103,3 +107,42 @@ def efficiency(results: dict[str, Any]) -> str:
         "nothing is claimed."
     )
     return "<h2>Labels saved</h2>\n" + html_figure(panels, about) + "\n" + "\n".join(parts)
+
+
+def _per_cent(row: Row) -> str:
+    """ "77.2 [74.9, 79.4]" of a forecast."""
+    return cell({"mean": row.get("mean"), "ci_low": row.get("low"), "ci_high": row.get("high")})
+
+
+def format_forecasts(results: dict[str, Any]) -> str:
+    """A line per arm as plain ASCII text; "" where there is nothing to say."""
+    rows = rows_of(results, "forecast")
+    lines = ["forecast for more labels per class: % right by the linear probe [80 % interval]", ""] if rows else []
+    for arm in arms_of(rows):
+        own = [row for row in rows if row.get("arm") == arm]
+        each = ", ".join(f"{row.get('labels_per_class')}: {_per_cent(row)}" for row in own)
+        lines.append(f"{arm}: {each}")
+    return "\n".join(lines)
+
+
+def forecasts(results: dict[str, Any]) -> str:
+    """What the linear probe would gain from more labels, as a table."""
+    rows = rows_of(results, "forecast")
+    if not rows:
+        return ""
+    counts = labels_of(rows)
+    lines = []
+    for arm in arms_of(rows):
+        own = [row for row in rows if row.get("arm") == arm]
+        known = find(
+            rows_of(results, "summary"), arm=arm, protocol=own[0].get("protocol"), labels_per_class=own[0].get("from")
+        )
+        values = [_per_cent(row) if (row := find(own, labels_per_class=count)) else "-" for count in counts]
+        lines.append([escape(arm), cell(known).partition(" ")[0], *values])
+    head = ["labels per class", f"{show(rows[0].get('from'))} (measured)", *map(str, counts)]
+    about = "<b>linear probe</b>, % right, forecast [80&nbsp;% interval]"
+    return (
+        "<h2>More labels?</h2>\n<p>How far accuracy would rise with twice and four times as many labels of the same "
+        "kind, judged by how it rose up to here. Four of five such intervals held what more labels then gave.</p>\n"
+        + html_table(head, lines, about)
+    )
