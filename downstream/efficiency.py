@@ -38,16 +38,13 @@ def labels_to_match(correct: np.ndarray, control: Mapping[float, np.ndarray], cl
         clusters: (test images,) as for `stats.paired`.
     """
     counts = sorted(control)
-    at, found = [], []
-    for low, high in zip(counts, counts[1:] or counts, strict=False):
-        for step in range(STEPS if high > low else 1):
-            at.append(low * (high / low) ** (step / STEPS))
-            hits = control[low] + (step / STEPS) * (control[high] - control[low].astype(np.float64))
-            found.append(stats.paired(*stats.alike(correct, hits), clusters))
-    if len(counts) > 1:
-        at.append(counts[-1])
-        found.append(stats.paired(*stats.alike(correct, control[counts[-1]]), clusters))
-    x = np.log(at)
+    steps = np.arange((len(counts) - 1) * STEPS + 1)
+    x = np.interp(steps / STEPS, np.arange(len(counts)), np.log(counts))
+    found = []
+    for k, step in zip(*np.divmod(steps, STEPS), strict=True):
+        low, high = control[counts[k]], control[counts[min(k + 1, len(counts) - 1)]]
+        hits = low + step / STEPS * (high - low.astype(np.float64))
+        found.append(stats.paired(*stats.alike(correct, hits), clusters))
     return Match(
         _first(x, np.array([e.mean for e in found])),
         _first(x, np.array([e.ci_low for e in found])),
@@ -56,16 +53,18 @@ def labels_to_match(correct: np.ndarray, control: Mapping[float, np.ndarray], cl
 
 
 def _first(x: np.ndarray, y: np.ndarray) -> float | None:
-    """exp of where y, from above, first reaches zero."""
+    """exp of where y, from above, first reaches zero; 0 where it is below from the beginning."""
     below = np.flatnonzero(y <= 0)
     if len(below) == 0:
         return None
     k = int(below[0])
-    return float(np.exp(_zero(x, y, k - 1))) if k else 0.0
+    if k == 0:
+        return 0.0 if y[0] < 0 else float(np.exp(x[0]))
+    return float(np.exp(_zero(x, y, k - 1)))
 
 
 def _last(x: np.ndarray, y: np.ndarray) -> float | None:
-    """exp of where y leaves zero for good."""
+    """exp of where y falls below zero for good."""
     above = np.flatnonzero(y >= 0)
     if len(above) == 0:
         return 0.0

@@ -34,6 +34,7 @@ from unlabel.batchnorm import estimate_statistics
 from unlabel.cache import Rows, cache_side
 from unlabel.checkpoint import file_sha256, write_atomic
 from unlabel.draws import mix
+from unlabel.errors import UserError
 
 __all__ = ["Arm", "Images", "Table", "control_arms", "fill"]
 
@@ -112,9 +113,9 @@ class Table:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """A half and a quarter of the largest label count, beside the counts asked for: what a forecast starts from."""
+        """A quarter of the largest label count, where it was not asked for: what a forecast looks back to."""
         largest = max((c for c in self.counts if c != "all"), default=0)
-        return tuple(c for c in (largest // 2, largest // 4) if c not in self.counts) if largest >= 4 else ()
+        return (largest // 4,) if largest >= 4 and largest // 4 not in self.counts else ()
 
     def labels(self, count: Count) -> int:
         """How many labelled images a fit sees, all classes together."""
@@ -227,6 +228,10 @@ def featurise(arm: Arm, k: int, table: Table, backbone: Backbone | None) -> Feat
         control = kind(table.unlabelled, table.image_size)
         features = joined([control.features(part, bar) for part in both])
         stats = feature_stats(control.features(sample))
+    if not all(np.isfinite(features.block(b)).all() for stage in features.stages for b in features.blocks(stage)):
+        raise UserError(
+            f"the features of {arm.name} are not all numbers: its weights are not, or grow beyond all bounds"
+        )
     row_of = np.full(len(table.pool), -1)
     row_of[used] = np.arange(len(used))
     return Featurised(features, stats, row_of, np.arange(len(used), len(features)))

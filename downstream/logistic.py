@@ -6,16 +6,23 @@ one matrix product for all of them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from scipy.linalg import solve_triangular
 from scipy.optimize import minimize
 from threadpoolctl import ThreadpoolController
 
 __all__ = ["logistic_path", "one_thread"]
 
-# Decorates what works on small matrices, where a second thread costs more than it gives (ten times, beside torch's).
-one_thread = ThreadpoolController().wrap(limits=1, user_api="blas")
+WIDE = 2048  # features; beyond it, a step or two more cost less than even coordinates do
+_threads = ThreadpoolController()
+
+
+def one_thread(labels: int) -> contextlib.AbstractContextManager[object]:
+    """With a few thousand labels a second BLAS thread costs more than it gives: beside torch's, ten times as much."""
+    return _threads.limit(limits=1, user_api="blas") if labels <= 4096 else contextlib.nullcontext()
 
 
 def logistic_path(
@@ -28,7 +35,7 @@ def logistic_path(
         y: (n,) classes, 0 … K - 1.
         grid: values of C, each started from the result of the one before it.
         subsets: (F, n) bool, the labels that each of F fits sees; one fit to all where None.
-        tol: largest slope, of a mean loss, that is left.
+        tol: largest slope that is left, of a mean loss, in the coordinates that are stepped in.
 
     Yields:
         weights (F, K, d) and intercepts (F, K). Two classes have one vector and its negative, each half as long.
@@ -39,7 +46,7 @@ def logistic_path(
     one_hot = np.eye(k)[:, y]  # (K, n)
     sizes = subsets.sum(axis=1)
     share = (subsets / sizes[:, None])[:, None]  # (F, 1, n): of the mean loss of each
-    products = z.T @ z / n if d < n else z
+    products = z.T @ z / n if d < min(n, WIDE) else None
 
     def outputs(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities and probabilities (F, K, n)."""
@@ -54,12 +61,14 @@ def logistic_path(
     for c in grid:
         # Two vectors w and -w have half the penalty of one of 2 w, which is what scikit-learn fits to two classes.
         penalty = np.repeat((2 if k == 2 else 1) / (c * sizes), k)[:, None]
-        into = None
-        if d < n:  # coordinates in which the curvature is about one, so that few steps are needed
+        lower, into = None, None
+        if products is not None:  # coordinates in which the curvature is about one, so that few steps are needed
             p = outputs(w)[1]
-            curved = penalty.mean() * np.eye(d) + max(float((p * (1 - p)).mean()), 1e-3) * products
-            into = np.eye(d + 1)
-            into[:d, :d] = np.linalg.inv(np.linalg.cholesky(curved))
+            lower = np.eye(d + 1)
+            lower[:d, :d] = np.linalg.cholesky(
+                penalty.mean() * np.eye(d) + max(float((p * (1 - p)).mean()), 1e-3) * products
+            )
+            into = solve_triangular(lower, np.eye(d + 1), lower=True)
 
         def loss(
             v: np.ndarray, penalty: np.ndarray = penalty, into: np.ndarray | None = into
@@ -74,7 +83,7 @@ def logistic_path(
             return float(value), (slope if into is None else slope @ into.T).ravel()
 
         options = {"maxiter": 1000, "maxls": 50, "gtol": tol, "ftol": 64 * np.finfo(float).eps}
-        start = w if into is None else np.linalg.solve(into.T, w.T).T
+        start = w if lower is None else w @ lower
         found = minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", options=options).x.reshape(f * k, d + 1)
         w = found if into is None else found @ into
         both = w.reshape(f, k, d + 1)

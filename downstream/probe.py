@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from scipy.linalg import solve_triangular
 from scipy.special import log_softmax
 
 from downstream import choosing
@@ -19,6 +20,7 @@ from downstream.logistic import logistic_path, one_thread
 FIXED_C = 10.0  # for 1-4 labels per class, where nothing is chosen
 GRID_C = (0.5, 2.0, 8.0, 32.0, 128.0, 512.0)  # strongest regularisation first
 CHUNK = 4096  # images judged at a time
+WEIGHTS_AT_ONCE = 1 << 25  # numbers that the folds which are fitted at once may need, a few times over
 
 Stats = dict[Block, BlockStats]
 
@@ -47,7 +49,6 @@ class ProbeResult:
         return self.logits(features, idx).argmax(axis=1)
 
 
-@one_thread
 def fit_probe(
     features: StageFeatures,
     train_idx: np.ndarray,
@@ -86,7 +87,6 @@ def fit_probe(
     return ProbeResult(blocks, tuple(np.split(coef, cuts, axis=1)), intercept - coef @ mean, chosen, edge)
 
 
-@one_thread
 def fit_head(x: np.ndarray, y: np.ndarray, stats: BlockStats, c: float = FIXED_C) -> tuple[np.ndarray, np.ndarray]:
     """Weights (K, D) and bias (K,) of a linear layer on raw features x (n, D): where fine-tuning starts."""
     coef, intercept = _fit((x - stats.mean) * stats.scale, y, c)
@@ -115,41 +115,38 @@ def _choose(
 
     def log_losses(blocks: tuple[Block, ...]) -> np.ndarray:
         z = _same_products(standardised(features, blocks, stats, train_idx[keep]))
-        losses = []
-        for coef, intercept in logistic_path(z, few, GRID_C, fitted):
-            log_p = log_softmax(np.einsum("nd,fkd->fnk", z, coef, optimize=True) + intercept[:, None], axis=2)
-            own = -log_p[:, np.arange(len(few)), few]
-            losses.append(np.where(fitted, 0, own).sum(axis=0) / times)
-        return np.stack(losses)
+        at_once = max(1, WEIGHTS_AT_ONCE // ((int(y.max()) + 1) * max(len(few), 25 * z.shape[1])))
+        losses = np.zeros((len(GRID_C), len(few)))
+        for start in range(0, len(fitted), at_once):
+            some = fitted[start : start + at_once]
+            for row, (coef, intercept) in zip(losses, logistic_path(z, few, GRID_C, some), strict=True):
+                log_p = log_softmax(np.einsum("nd,fkd->fnk", z, coef, optimize=True) + intercept[:, None], axis=2)
+                row -= np.where(some, 0, log_p[:, np.arange(len(few)), few]).sum(axis=0)
+        return losses / times
 
-    name, k = choosing.choose(sets, log_losses, judged)
+    with one_thread(len(few)):
+        name, k = choosing.choose(sets, log_losses, judged)
     return name, GRID_C[k], k in (0, len(GRID_C) - 1)
 
 
 def _fit(z: np.ndarray, y: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray]:
     """Weights (K, D) and bias (K,) of multinomial logistic regression on standardised features."""
-    rotated, basis = _rotate(z)
-    coef, intercept = next(logistic_path(rotated, y, (c,), tol=1e-8))
-    return coef[0] @ basis.T, intercept[0]
-
-
-def _rotate(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """z (n, d) in coordinates of the space its rows span, (n, min(n, d)), and that basis (d, min(n, d)).
-
-    With fewer labels than features the solution lies in the span of the examples (the gradient of the loss
-    does, and the penalty pulls to zero everything outside), and a rotation changes neither inner products
-    nor lengths: the fit is the same, and much smaller.
-    """
-    n, d = z.shape
-    if n >= d:
-        return z, np.eye(d)
-    basis, r = np.linalg.qr(z.T)
-    return np.ascontiguousarray(r.T), basis
+    with one_thread(len(y)):
+        same = _same_products(z)
+        coef, intercept = next(logistic_path(same, y, (c,), tol=1e-8))
+        if same is z:
+            return coef[0], intercept[0]
+        return solve_triangular(same, coef[0].T, lower=True, trans="T").T @ z, intercept[0]
 
 
 def _same_products(z: np.ndarray) -> np.ndarray:
-    """`_rotate` without its basis, where only inner products count: (n, min(n, d))."""
+    """z (n, d), or where n < d the triangle (n, n) whose rows have the inner products of z's.
+
+    With fewer labels than features the solution lies in the span of the examples (the gradient of the loss does, and
+    the penalty pulls to zero everything outside), so that only their inner products count: the fit is the same, and
+    smaller.
+    """
     if len(z) < z.shape[1]:
-        with contextlib.suppress(np.linalg.LinAlgError):  # of two equal images, perhaps
+        with contextlib.suppress(np.linalg.LinAlgError):  # of two equal images
             return np.linalg.cholesky(z @ z.T)
-    return _rotate(z)[0]
+    return z

@@ -91,8 +91,9 @@ def _forecasts(table: ev.Table, tasks: Sequence[ev.Arm], correct: ev.Predictions
     largest = max((c for c in table.counts if c != "all"), default=0)
     clusters = len(np.unique(table.test.clusters))
     for arm in tasks if largest >= 4 and "linear" in table.protocols else []:
-        accuracies = [float(correct[arm.name, "linear", largest // part, None].mean()) for part in (1, 2, 4)]
-        for times, found in forecast(accuracies, largest, len(table.classes), clusters).items():
+        counts = largest, largest // 4
+        accuracy, earlier = (float(correct[arm.name, "linear", count, None].mean()) for count in counts)
+        for times, found in forecast(accuracy, earlier, counts, len(table.classes), clusters).items():
             yield {
                 "arm": arm.name, "protocol": "linear", "from": largest, "labels_per_class": times * largest,
                 "mean": found.mean, "low": found.low, "high": found.high, "level": LEVEL,

@@ -23,6 +23,7 @@ def test_between_two_counts_it_is_the_logarithm_that_is_interpolated():
     assert labels_to_match(hits(0.7), control, ONE_EACH).labels == pytest.approx(10**1.5)
     assert labels_to_match(hits(0.85), control, ONE_EACH).labels == pytest.approx(10**2.5)
     assert labels_to_match(hits(0.8), control, ONE_EACH).labels == pytest.approx(100)
+    assert labels_to_match(hits(0.6), control, ONE_EACH).labels == pytest.approx(10)  # a tie is not fewer
 
 
 def test_the_interval_is_where_the_paired_difference_may_be_zero():
@@ -103,6 +104,9 @@ def test_the_report_says_what_lies_beyond(tmp_path):
     assert "rotation: 10 -> 141 [88, > 250], 50 -> > 250" in text
     assert "<b>: 10 -> < 10 [< 10, 12]" in text
     assert format_efficiency({}) == ""
+    broken = [{"measured": []}, {"labels_per_class": 10.5}, {"arm": 3}, {"ci_low": "x"}, {"measured": [0, 1]}]
+    whole = results["label_efficiency"][0]
+    assert format_efficiency({"label_efficiency": [{**whole, **b} for b in broken] + [ROW]}) == ""
     (tmp_path / "results.json").write_text(json.dumps(results))
     page = write_report(tmp_path).read_text()
     assert "Labels saved" in page
@@ -110,3 +114,11 @@ def test_the_report_says_what_lies_beyond(tmp_path):
     assert "141 [88, &gt; 250]" in page
     assert "<b>:" not in page
     assert "rotation, 10 labels per class: scratch needs 141" in page
+
+
+def test_seeds_that_only_one_side_has_count_by_their_mean():
+    many = np.concatenate([hits(0.5), hits(0.6), hits(0.7)])
+    assert labels_to_match(hits(0.7), {10.0: many, 100.0: hits(0.8)}, ONE_EACH).labels == pytest.approx(10**1.5)
+    match = labels_to_match(np.concatenate([hits(0.7)] * 3), {10.0: many, 100.0: np.repeat(hits(0.8), 3, 0)}, ONE_EACH)
+    assert match.labels == pytest.approx(10**1.5)
+    assert match.low is not None

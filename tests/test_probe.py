@@ -59,6 +59,31 @@ def test_many_fits_at_once_equal_scikit_learn_one_by_one(classes, width):
             np.testing.assert_allclose(softmax(z @ w.T + b, axis=1), reference.predict_proba(z), atol=2e-4)
 
 
+def test_equal_images_are_fitted_as_they_are():
+    """Their inner products are no proper triangle; with other images the fit is the same as in all dimensions."""
+    features, y = make()
+    stats = feature_stats(features)
+    train = np.array([0, 0, 1, 1, 2, 3])
+    result = fit_probe(features, train, y[train], stats, 3)
+    z = standardised(features, result.blocks, stats, np.arange(len(y)))
+    reference = LogisticRegression(C=FIXED_C, tol=1e-8, max_iter=5000).fit(z[train], y[train])
+    np.testing.assert_allclose(softmax(result.logits(features), axis=1), reference.predict_proba(z), atol=2e-4)
+
+
+def test_folds_in_several_parts_choose_the_same(monkeypatch):
+    features, y = make(classes=3)
+    stats, train = feature_stats(features), LabelDraws(y, 30, 1).indices(0, 30)
+    judged: dict = {}
+    whole = fit_probe(features, train, y[train], stats, 30, judged=judged)
+    again = fit_probe(features, train, y[train], stats, 30, stage="b", judged=judged)
+    assert again.chosen == fit_probe(features, train, y[train], stats, 30, stage="b").chosen
+    monkeypatch.setattr(probe, "WEIGHTS_AT_ONCE", 1)
+    parts: dict = {}
+    assert fit_probe(features, train, y[train], stats, 30, judged=parts).chosen == whole.chosen
+    for blocks, losses in judged.items():
+        np.testing.assert_allclose(parts[blocks].mean(axis=1), losses.mean(axis=1), rtol=5e-3)
+
+
 @pytest.mark.parametrize("classes", [2, 4])
 def test_head_on_raw_features_equals_scikit_learn(classes):
     features, y = make(classes=classes)

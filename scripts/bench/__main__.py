@@ -64,7 +64,7 @@ def ratios(speeds: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Median and range over the rounds, each round's figures with one another."""
     found = {}
     for name, (over, under) in OVER.items():
-        if not isinstance(speeds.get(under), list):
+        if not isinstance(speeds.get(under), list) or not speeds[over]:
             continue
         found[name] = spread([a / b for a, b in zip(speeds[over], speeds[under], strict=True)])
     return found
@@ -78,7 +78,7 @@ def name_of(race: Sequence[str]) -> str:
     return "/".join(race)
 
 
-def training(races: list[tuple], rounds: int) -> Iterator[dict[str, Any]]:
+def training(races: list[tuple], rounds: int, first: bool) -> Iterator[dict[str, Any]]:
     from loops import Setting, best_workers, race
 
     workers = {}
@@ -87,11 +87,13 @@ def training(races: list[tuple], rounds: int) -> Iterator[dict[str, Any]]:
         key = (network, size)
         workers[key] = workers.get(key) or best_workers(setting)
         begun = time.perf_counter()
-        many = FIRST[network]
-        speeds = race(setting, Setting(task, network, part(photos(size), many), many), rounds, workers[key], peers)
+        many = FIRST[network] if first else 0
+        fresh = Setting(task, network, part(photos(size), many), many) if first else None
+        speeds = race(setting, fresh, rounds, workers[key], peers)
         found = ratios(speeds)
         print(f"\n{task}, {network}, photos of {size} ({time.perf_counter() - begun:.0f} s), images/s:")
-        print("  " + "  ".join(f"{n} {statistics.median(v):.0f}" for n, v in speeds.items() if isinstance(v, list)))
+        known = {name: v for name, v in speeds.items() if isinstance(v, list) and v}
+        print("  " + "  ".join(f"{name} {statistics.median(v):.0f}" for name, v in known.items()))
         for name, why in speeds.items():
             if isinstance(why, str):
                 print(f"  {name} skipped: {why}")
@@ -207,7 +209,7 @@ def main() -> int:
     for name in parts:
         if name == "training":
             rows = {row["name"]: row for row in found.get("training", [])}
-            for row in training(races, ROUNDS):
+            for row in training(races, ROUNDS, not args.quick):
                 rows[row["name"]] = {**row, "about": about}
                 found["training"] = list(rows.values())
                 save(found, args.quick)

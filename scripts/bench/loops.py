@@ -162,9 +162,10 @@ def stable_pretraining(setting: Setting, workers: int) -> Measure:
 
 
 def unlabel_run(setting: Setting, epochs: int, on_epoch: Callable[[float, int], None]) -> None:
-    """The real command, from an empty cache: ``on_epoch`` gets the seconds of each epoch.
+    """What the command runs, from an empty cache: ``on_epoch`` gets the seconds of each epoch.
 
-    The first begins when the command does, and packs the images. Between the epochs others may run: that is not timed.
+    The first begins where the command does after its imports, and packs the images. Between the epochs others may run:
+    that is not timed.
     """
     epoch = setting.images // setting.batch_size
     with tempfile.TemporaryDirectory() as temporary, packed_in(f"{temporary}/cache"):
@@ -242,39 +243,40 @@ class Contender:
             return json.loads(line)
         raise RuntimeError(self.errors.read_text()[-3000:])
 
-    def leave(self) -> None:
+    def __enter__(self) -> Contender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.communicate()
         self.folder.cleanup()
 
 
 def race(
-    setting: Setting, first: Setting, rounds: int, workers: dict[str, int], peers: bool
+    setting: Setting, first: Setting | None, rounds: int, workers: dict[str, int], peers: bool
 ) -> dict[str, list[float] | str]:
     """Images per second of every contender in each round; for a peer that cannot be had, why not.
 
-    ``first``: what a run of one epoch is started on in each round, for the speed of first epochs.
+    ``first``: what a run of one epoch is started on in each round, if the speed of first epochs is wanted.
     """
     names = ["limit", "plain_fp32", "plain_bf16", *(["lightly", "stable_pretraining"] if peers else [])]
     wanted = workers | {"lightly": workers["plain_fp32"], "stable_pretraining": workers["plain_bf16"]}
     found: dict[str, list[float] | str] = {}
-    own = Contender("unlabel", setting, 0, rounds + 1)
-    others = {name: Contender(name, setting, wanted.get(name, 0), rounds) for name in names}
-    try:
-        own.block()  # its own first epoch
-        speeds = {name: [] for name in ("first", "later", *names)}
+    with contextlib.ExitStack() as stack:
+        own = stack.enter_context(Contender("unlabel", setting, 0, rounds + 1))
+        others = {n: stack.enter_context(Contender(n, setting, wanted.get(n, 0), rounds)) for n in names}
+        if isinstance(why := own.block(), str):  # its own first epoch
+            raise RuntimeError(why)
+        speeds: dict[str, list[float]] = {name: [] for name in ("first", "later", *names)}
         for _ in range(rounds):
-            fresh = Contender("unlabel", first, 0, 1)
-            for name, contender in {"first": fresh, "later": own, **others}.items():
-                block = contender.block() if name not in found else ""
-                if isinstance(block, str):
-                    found.setdefault(name, block)
-                else:
-                    speeds[name].append(block[1] / block[0])
-            fresh.leave()
-    finally:
-        for contender in (own, *others.values()):
-            contender.leave()
+            with contextlib.ExitStack() as this_round:
+                fresh = {} if first is None else {"first": this_round.enter_context(Contender("unlabel", first, 0, 1))}
+                for name, contender in {**fresh, "later": own, **others}.items():
+                    block = contender.block() if name not in found else ""
+                    if isinstance(block, str):
+                        found.setdefault(name, block)
+                    else:
+                        speeds[name].append(block[1] / block[0])
     return {**{n: [round(v, 2) for v in values] for n, values in speeds.items()}, **found}
 
 
