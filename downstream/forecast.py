@@ -18,8 +18,8 @@ __all__ = ["LEVEL", "Forecast", "fall", "forecast", "scaled", "spread"]
 
 LEVEL = 0.8  # of the intervals
 # times as many labels: the constant and the share; and the weights of `spread` in the variance
-WEIGHTS = {2: (0.045, 0.062), 4: (0.079, 0.191)}
-VARIANCE = {2: (0.000313, 0.0592, 0.557), 4: (0.00101, 0.102, 0.605)}
+WEIGHTS: dict[int, tuple[float, ...]] = {2: (0.045, 0.062), 4: (0.079, 0.191)}
+VARIANCE: dict[int, tuple[float, ...]] = {2: (0.000313, 0.0592, 0.557), 4: (0.00101, 0.102, 0.605)}
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,14 @@ def logistic_path(
         tol: largest slope that is left, of a mean loss, in the coordinates that are stepped in.
 
     Yields:
-        weights (F, K, d) and intercepts (F, K). Two classes have one vector and its negative, each half as long.
+        weights (F, K, d) and intercepts (F, K). Two classes have one vector w, as scikit-learn fits it, and are given
+        -w / 2 and w / 2.
     """
     n, d = z.shape
     subsets = np.ones((1, n), bool) if subsets is None else subsets
-    f, k = len(subsets), int(y.max()) + 1
-    one_hot = np.eye(k)[:, y]  # (K, n)
+    f, classes = len(subsets), int(y.max()) + 1
+    k = 1 if classes == 2 else classes  # vectors for each fit
+    one_hot = np.eye(classes)[:, y]  # (K, n)
     sizes = subsets.sum(axis=1)
     share = (subsets / sizes[:, None])[:, None]  # (F, 1, n): of the mean loss of each
     products = z.T @ z / n if d < min(n, WIDE) else None
@@ -51,6 +53,7 @@ def logistic_path(
     def outputs(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities and probabilities (F, K, n)."""
         scores = (w[:, :d] @ z.T + w[:, d:]).reshape(f, k, n)
+        scores = np.concatenate([-scores, scores], axis=1) / 2 if k == 1 else scores
         scores -= scores.max(axis=1, keepdims=True)
         p = np.exp(scores)
         total = p.sum(axis=1, keepdims=True)
@@ -59,8 +62,7 @@ def logistic_path(
 
     w = np.zeros((f * k, d + 1))
     for c in grid:
-        # Two vectors w and -w have half the penalty of one of 2 w, which is what scikit-learn fits to two classes.
-        penalty = np.repeat((2 if k == 2 else 1) / (c * sizes), k)[:, None]
+        penalty = np.repeat(1 / (c * sizes), k)[:, None]
         lower, into = None, None
         if products is not None:  # coordinates in which the curvature is about one, so that few steps are needed
             p = outputs(w)[1]
@@ -78,7 +80,7 @@ def logistic_path(
             log_p, p = outputs(w)
             shrunk = penalty * w[:, :d]
             value = 0.5 * (shrunk * w[:, :d]).sum() - (share * log_p * one_hot).sum()
-            residuals = ((p - one_hot) * share).reshape(f * k, n)
+            residuals = ((p - one_hot)[:, -k:] * share).reshape(f * k, n)
             slope = np.concatenate([residuals @ z + shrunk, residuals.sum(axis=1, keepdims=True)], axis=1)
             return float(value), (slope if into is None else slope @ into.T).ravel()
 
@@ -86,5 +88,6 @@ def logistic_path(
         start = w if lower is None else w @ lower
         found = minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", options=options).x.reshape(f * k, d + 1)
         w = found if into is None else found @ into
-        both = w.reshape(f, k, d + 1)
-        yield both[:, :, :d], both[:, :, d]
+        each = w.reshape(f, k, d + 1)
+        each = np.concatenate([-each, each], axis=1) / 2 if k == 1 else each
+        yield each[:, :, :d], each[:, :, d]

@@ -49,11 +49,11 @@ def _rows(results: dict[str, Any]) -> list[Row]:
     found = []
     for row in rows_of(results, "label_efficiency"):
         ends, count = row.get("measured"), row.get("labels_per_class")
-        ends = [number(end) for end in ends] if isinstance(ends, list) else []
+        known = [n for end in ends if (n := number(end))] if isinstance(ends, list) else []
         if (
             isinstance(row.get("arm"), str) and isinstance(row.get("protocol"), str)
             and (count == "all" or (type(count) is int and count > 0))
-            and len(ends) == 2 and None not in ends and 0 < min(ends) <= max(ends)  # type: ignore[operator,type-var]
+            and len(known) == 2 and 0 < known[0] <= known[1]
             and all(key in row and labels(row[key]) for key in ("scratch_labels", "ci_low", "ci_high"))
         ):  # fmt: skip
             found.append(row)
@@ -95,7 +95,9 @@ def _panel(rows: list[Row], protocol: str, look: dict[str, Style]) -> Panel:
             points = [
                 Point(
                     place[row["labels_per_class"]] + shift,
-                    *(height(row[key]) for key in ("scratch_labels", "ci_low", "ci_high")),
+                    height(row["scratch_labels"]),
+                    height(row["ci_low"]),
+                    height(row["ci_high"]),
                     f"{arm}, {row['labels_per_class']} labels per class: scratch needs {_cell(row)}",
                 )
                 for row in own
@@ -172,6 +174,6 @@ def forecasts(results: dict[str, Any]) -> str:
     about = "<b>linear probe</b>, % right, forecast [80&nbsp;% interval]"
     return (
         "<h2>More labels?</h2>\n<p>How far accuracy would rise with twice and four times as many labels of the same "
-        "kind, judged by how it rose from a quarter of them. The intervals are meant to hold in four cases of five; on data "
-        "that they were not fitted to, they held in 76 to 90 %.</p>\n" + html_table(head, lines, about)
+        "kind, judged by how it rose from a quarter of them. The intervals are meant to hold in four cases of five; on "
+        "data that they were not fitted to, they held in 76 to 90 %.</p>\n" + html_table(head, lines, about)
     )
