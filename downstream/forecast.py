@@ -63,7 +63,7 @@ def forecast(
     of, found = spread(error, most * classes, images), {}
     for times, (constant, share) in WEIGHTS.items():
         middle = constant + share * slope
-        half = norm.ppf(0.5 + LEVEL / 2) * math.sqrt(of @ VARIANCE[times])
+        half = float(norm.ppf(0.5 + LEVEL / 2)) * math.sqrt(of @ VARIANCE[times])
         ends = [max(last - f, 0.0) ** 2 * (1 - 1 / classes) for f in (middle, middle - half, middle + half)]
         found[times] = Forecast(*(max(0.0, 1 - error) for error in ends))
     return found

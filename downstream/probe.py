@@ -136,7 +136,7 @@ def _fit(z: np.ndarray, y: np.ndarray, c: float) -> tuple[np.ndarray, np.ndarray
         coef, intercept = next(logistic_path(same, y, (c,), tol=1e-8))
         if same is z:
             return coef[0], intercept[0]
-        return solve_triangular(same, coef[0].T, lower=True, trans="T").T @ z, intercept[0]
+        return solve_triangular(same, coef[0].T, lower=True, trans=1).T @ z, intercept[0]
 
 
 def _same_products(z: np.ndarray) -> np.ndarray:

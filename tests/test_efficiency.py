@@ -101,8 +101,8 @@ def test_the_report_says_what_lies_beyond(tmp_path):
         ],
     }
     text = format_efficiency(results)
-    assert "rotation: 10 -> 141 [88, > 250], 50 -> > 250" in text
-    assert "<b>: 10 -> < 10 [< 10, 12]" in text
+    assert "rotation: 10: 141 [88, > 250], 50: > 250" in text
+    assert "<b>: 10: < 10 [< 10, 12]" in text
     assert format_efficiency({}) == ""
     broken = [{"measured": []}, {"labels_per_class": 10.5}, {"arm": 3}, {"ci_low": "x"}, {"measured": [0, 1]}]
     whole = results["label_efficiency"][0]

@@ -69,10 +69,10 @@ def _forecast_rows(results: dict[str, Any]) -> list[Row]:
 def format_efficiency(results: dict[str, Any]) -> str:
     """A line per arm as plain ASCII text; "" where there is nothing to say."""
     rows = _rows(results)
-    lines = ["labels per class -> those that scratch needs to match it [95 % interval]", ""] if rows else []
+    lines = ["labels per class: those that scratch needs to match it [95 % interval]", ""] if rows else []
     for arm in arms_of(rows):
         own = [row for row in rows if row.get("arm") == arm]
-        each = ", ".join(f"{row.get('labels_per_class')} -> {_cell(row)}" for row in own)
+        each = ", ".join(f"{row.get('labels_per_class')}: {_cell(row)}" for row in own)
         lines.append(f"{arm}: {each}")
     return "\n".join(lines)
 
