@@ -18,8 +18,8 @@ __all__ = ["LEVEL", "Forecast", "fall", "forecast", "scaled", "spread"]
 
 LEVEL = 0.8  # of the intervals
 # times as many labels: the constant and the share; and the weights of `spread` in the variance
-WEIGHTS: dict[int, tuple[float, ...]] = {2: (0.045, 0.062), 4: (0.079, 0.191)}
-VARIANCE: dict[int, tuple[float, ...]] = {2: (0.000313, 0.0592, 0.557), 4: (0.00101, 0.102, 0.605)}
+WEIGHTS: dict[int, tuple[float, ...]] = {2: (0.045, 0.058), 4: (0.079, 0.187)}
+VARIANCE: dict[int, tuple[float, ...]] = {2: (0.000305, 0.0585, 0.577), 4: (0.000994, 0.101, 0.625)}
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def forecast(
         images: test images (clusters of near-duplicates) that they were measured on.
     """
     most, fewer = max(counts), min(counts)
-    error, before = (max(1 - a, 0.5 / images) for a in (accuracy, earlier))
-    slope, last = fall(error, before, most / fewer, classes), scaled(error, classes)
+    error = 1 - accuracy
+    slope, last = fall(error, 1 - earlier, most / fewer, classes), scaled(error, classes)
     of, found = spread(error, most * classes, images), {}
     for times, (constant, share) in WEIGHTS.items():
         middle = constant + share * slope

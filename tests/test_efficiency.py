@@ -105,6 +105,7 @@ def test_the_report_says_what_lies_beyond(tmp_path):
     assert "<b>: 10: < 10 [< 10, 12]" in text
     assert format_efficiency({}) == ""
     broken = [{"measured": []}, {"labels_per_class": 10.5}, {"arm": 3}, {"ci_low": "x"}, {"measured": [0, 1]}]
+    broken.append({"measured": [250, 10]})
     whole = results["label_efficiency"][0]
     assert format_efficiency({"label_efficiency": [{**whole, **b} for b in broken] + [ROW]}) == ""
     (tmp_path / "results.json").write_text(json.dumps(results))

@@ -40,6 +40,7 @@ def test_what_was_fitted_behaves():
     assert fc.forecast(0.6, 0.58, (20, 5), 2, 1000)[4].mean < found[4].mean
     few = fc.forecast(0.6, 0.5, (20, 5), 2, 20)
     assert few[2].high - few[2].low > found[2].high - found[2].low
+    assert fc.forecast(1.0, 1.0, (4, 1), 2, 50)[2].low < 1  # fifty right of fifty are not all
     for accuracy, earlier in ((1.0, 1.0), (0.0, 0.0), (0.5, 0.9), (0.9, 0.1)):
         for f in fc.forecast(accuracy, earlier, (4, 1), 2, 50).values():
             assert 0 <= f.low <= f.mean <= f.high <= 1
