@@ -111,7 +111,7 @@ def test_the_report_says_what_lies_beyond(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results))
     page = write_report(tmp_path).read_text()
     assert "Labels saved" in page
-    assert "&lt; 10 [&lt; 10, 12]" in page
+    assert "<td>&lt; 10 [&lt; 10, 12]</td>" in page
     assert "141 [88, &gt; 250]" in page
     assert "<b>:" not in page
     assert "rotation, 10 labels per class: scratch needs 141" in page
