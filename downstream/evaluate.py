@@ -230,7 +230,7 @@ def featurise(arm: Arm, k: int, table: Table, backbone: Backbone | None) -> Feat
         stats = feature_stats(control.features(sample))
     if not all(np.isfinite(features.block(b)).all() for stage in features.stages for b in features.blocks(stage)):
         raise UserError(
-            f"the features of {arm.name} are not all numbers: its weights are not, or grow beyond all bounds"
+            f"the features of {arm.name} are not all finite numbers: its weights are damaged; train it anew"
         )
     row_of = np.full(len(table.pool), -1)
     row_of[used] = np.arange(len(used))

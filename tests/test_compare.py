@@ -401,6 +401,20 @@ def test_few_draws_and_shared_labels_are_said(draws, labels, notes, digits_folde
     assert all(f"note: {warning}\n" in printed for warning in split.warnings)
 
 
+def test_features_that_are_no_numbers_are_named(compared: Path, digits_folder: Path, tmp_path: Path, monkeypatch):
+    table, arm = table_of(digits_folder, compared / "runs" / "rotation-seed0", tmp_path / "a")
+    healthy = ev.extract
+
+    def damaged(*args, **kwargs):
+        features = healthy(*args, **kwargs)
+        features.two["s8"][0, 0] = np.nan
+        return features
+
+    monkeypatch.setattr(ev, "extract", damaged)
+    with pytest.raises(UserError, match="features of rotation are not all finite"):
+        ev.fill(dataclasses.replace(table, protocols=("linear",)), [arm], None)
+
+
 def test_a_stored_cell_is_used_only_for_the_same_labels(compared: Path, digits_folder: Path, tmp_path: Path):
     """Which images draw 1 holds depends on the largest label count of the table."""
     table, arm = table_of(digits_folder, compared / "runs" / "rotation-seed0", tmp_path / "a")

@@ -6,6 +6,7 @@ From `label_efficiency` and `forecast` in results.json.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -66,15 +67,19 @@ def _forecast_rows(results: dict[str, Any]) -> list[Row]:
     return [r for r in rows if all(type(r.get(k)) is kind for k, kind in keys.items()) and number(r.get("mean"))]
 
 
-def format_efficiency(results: dict[str, Any]) -> str:
-    """A line per arm as plain ASCII text; "" where there is nothing to say."""
-    rows = _rows(results)
-    lines = ["labels per class: those that scratch needs to match it [95 % interval]", ""] if rows else []
+def _by_arm(title: str, rows: list[Row], value: Callable[[Row], str]) -> str:
+    """A line per arm as plain ASCII text, values behind their label counts; "" without rows."""
+    lines = [title, ""] if rows else []
     for arm in arms_of(rows):
         own = [row for row in rows if row.get("arm") == arm]
-        each = ", ".join(f"{row.get('labels_per_class')}: {_cell(row)}" for row in own)
-        lines.append(f"{arm}: {each}")
+        lines.append(f"{arm}: " + ", ".join(f"{row.get('labels_per_class')}: {value(row)}" for row in own))
     return "\n".join(lines)
+
+
+def format_efficiency(results: dict[str, Any]) -> str:
+    """The labels that `scratch` needs as plain text; "" without results."""
+    title = "labels per class: those that scratch needs to match it [95 % interval]"
+    return _by_arm(title, _rows(results), _cell)
 
 
 def _panel(rows: list[Row], protocol: str, look: dict[str, Style]) -> Panel:
@@ -146,14 +151,9 @@ def _per_cent(row: Row) -> str:
 
 
 def format_forecasts(results: dict[str, Any]) -> str:
-    """A line per arm as plain ASCII text; "" where there is nothing to say."""
-    rows = _forecast_rows(results)
-    lines = ["forecast for more labels per class: % right by the linear probe [80 % interval]", ""] if rows else []
-    for arm in arms_of(rows):
-        own = [row for row in rows if row.get("arm") == arm]
-        each = ", ".join(f"{row.get('labels_per_class')}: {_per_cent(row)}" for row in own)
-        lines.append(f"{arm}: {each}")
-    return "\n".join(lines)
+    """The forecasts as plain text; "" without results."""
+    title = "forecast for more labels per class: % right by the linear probe [80 % interval]"
+    return _by_arm(title, _forecast_rows(results), _per_cent)
 
 
 def forecasts(results: dict[str, Any]) -> str:
