@@ -119,14 +119,15 @@ def judged(scores: dict[str, np.ndarray], strange: np.ndarray) -> dict[str, dict
 
 def anomalies(config: AnomaliesConfig, load: Load) -> Path:
     """Writes anomalies.csv (strangest first), anomalies.png, anomalies.html; and, with --normal, auroc.json."""
+    if config.labels and not config.test:
+        raise UserError("--labels is for the --test images: give some")
     device = pick_device(config.device)
     backbone, task = load_backbone(config.run).to(device), load(config.run, None, device)
     size = backbone.spec.image_size
     normal = load_cache(open_source(config.data), size, max_skipped=config.max_skipped)
     test = normal
     if config.test:
-        source = open_source(config.test, config.labels)
-        test = load_cache(source, size, max_skipped=config.max_skipped)
+        test = load_cache(open_source(config.test, config.labels), size, max_skipped=config.max_skipped)
     strange = _strange(config, test)
     scores = score_images(task, backbone, normal, test, same=not config.test)
     out, first = config.out or config.run / "anomalies", next(iter(scores))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ import torch
 from sklearn.decomposition import PCA
 
 from downstream.features import is_grey, pixels_of
-from downstream.trained import Code, Load, data_of
-from unlabel.cache import evenly_spaced, load_cache, printable
+from downstream.trained import Code, Load, Trained, data_of
+from unlabel.cache import ImageCache, evenly_spaced, load_cache, printable
 from unlabel.checkpoint import write_atomic
 from unlabel.config import CompressConfig
 from unlabel.distributed import pick_device
@@ -104,6 +105,75 @@ def _channels(painted: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 def compress(config: CompressConfig, load: Load) -> Path:
     """Every run's code beside as many principal components: compression.json, compression.html, examples.png."""
+    tasks = _tasks(config, load)
+    size = next(iter(tasks.values())).backbone.spec.image_size
+    train = load_cache(open_source(config.train or data_of(config.runs[0])), size, max_skipped=config.max_skipped)
+    test = load_cache(open_source(config.data), size, max_skipped=config.max_skipped)
+    channels = 1 if is_grey(train.images) and is_grey(test.images) else 3
+    room = ROOM // (channels * size**2)
+    train, test = (c.subset(evenly_spaced(len(c), room)) for c in (train, test))
+    if len(train) < 2:
+        raise UserError("principal components need two images at least: give more by --train")
+    points, painted = measure(tasks, train, test, channels)
+    out = config.out or config.runs[0] / "compression"
+    about = {
+        "images": len(test),
+        "pixels": size * size,
+        "channels": channels,
+        "fitted_on": len(train),
+        "points": points,
+        "runs": {run.resolve().name: _about(run) for run in config.runs},
+        "hardware": hardware(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+    write_atomic(out / "compression.json", (json.dumps(about, indent=1) + "\n").encode())
+    pictures = [to_uint8(torch.from_numpy(r).expand(-1, 3, -1, -1)) for r in painted.values()]
+    page = _page(out, about, write_png(out / "examples.png", sheet(pictures)), list(painted))
+    for name, reason in test.skipped:
+        print(f"skipped {printable(name)}: {reason}")
+    for p in points:
+        bits = "".join(f"  {r['bits_per_pixel']:.3f}: {r['error']:.2f}" for r in p["rates"])
+        print(
+            f"{p['name']:<24} {p['numbers']:>4} numbers  squared error {p['error']:8.3f}"
+            + (f"   bits per pixel{bits}" if bits else "")
+        )
+    print(f"open {page}")
+    return out
+
+
+def measure(
+    tasks: Mapping[str, Trained], train: ImageCache, test: ImageCache, channels: int
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """The points of every run and of principal components; and some images as each of them keeps them, by caption."""
+    size = next(iter(tasks.values())).backbone.spec.image_size
+    fit, images = pixels_of(train, size, channels), pixels_of(test, size, channels)
+    coded, some = evenly_spaced(len(train), CODED), evenly_spaced(len(images), SHOWN)
+    codes = {name: Code(task) for name, task in tasks.items()}
+    test_codes = {name: code.to_code(test.images, f"{name} code") for name, code in codes.items()}
+    pca = Principal(fit, max(c.shape[1] for c in test_codes.values()))
+    numbers = sorted({min(c.shape[1], pca.most) for c in test_codes.values()})
+    points, shown = [], {"the images": images[some]}
+    for name, code in codes.items():
+        test_code = test_codes[name]
+        paint = lambda c, code=code: _channels(code.from_code(c), images)  # noqa: E731
+        painted = paint(test_code)
+        rates_ = rates(code.to_code(train.images[coded]), test_code, paint, images, size * size)
+        points.append(_point(name, test_code.shape[1], squared_error(painted, images), rates_))
+        shown[name] = painted[some]
+    for n in sorted({*numbers, *(n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n < max(numbers))}):
+        test_code = pca.to_code(images, n)
+        painted = pca.from_code(test_code)
+        rates_ = []
+        if n in numbers:
+            rates_ = rates(pca.to_code(fit[coded], n), test_code, pca.from_code, images, size * size)
+            shown[f"PCA, {n} numbers"] = painted[some]
+        points.append(_point("PCA", n, squared_error(painted, images), rates_))
+    return points, shown
+
+
+def _tasks(config: CompressConfig, load: Load) -> dict[str, Trained]:
+    """The runs' tasks by folder name; all make codes of images of one size."""
     if not config.runs:
         raise UserError("name at least one finished run of autoencoder, vae, sparse or contractive")
     device = pick_device(config.device)
@@ -118,63 +188,7 @@ def compress(config: CompressConfig, load: Load) -> Path:
         raise UserError(
             f"the runs have images of {' and '.join(map(str, sorted(sizes)))} px: compare those of one size"
         )
-    size = sizes.pop()
-    train = load_cache(open_source(config.train or data_of(config.runs[0])), size, max_skipped=config.max_skipped)
-    test = load_cache(open_source(config.data), size, max_skipped=config.max_skipped)
-    channels = 1 if is_grey(train.images) and is_grey(test.images) else 3
-    room = ROOM // (channels * size**2)
-    train, test = (c.subset(evenly_spaced(len(c), room)) for c in (train, test))
-    if len(train) < 2:
-        raise UserError("principal components need two images at least: give more by --train")
-    fit, images = pixels_of(train, size, channels), pixels_of(test, size, channels)
-    coded = evenly_spaced(len(train), CODED)
-    pixels, out = size * size, config.out or config.runs[0] / "compression"
-    codes = {name: Code(task) for name, task in tasks.items()}
-    test_codes = {name: code.to_code(test.images, f"{name} code") for name, code in codes.items()}
-    pca = Principal(fit, max(c.shape[1] for c in test_codes.values()))
-    numbers = sorted({min(c.shape[1], pca.most) for c in test_codes.values()})
-
-    some = evenly_spaced(len(images), SHOWN)
-    points, rows = [], [images[some]]
-    for name, code in codes.items():
-        test_code = test_codes[name]
-        paint = lambda c, code=code: _channels(code.from_code(c), images)  # noqa: E731
-        painted = paint(test_code)
-        rates_ = rates(code.to_code(train.images[coded]), test_code, paint, images, pixels)
-        points.append(_point(name, test_code.shape[1], squared_error(painted, images), rates_))
-        rows.append(painted[some])
-    for n in sorted({*numbers, *(n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n < max(numbers))}):
-        test_code = pca.to_code(images, n)
-        painted = pca.from_code(test_code)
-        rates_ = rates(pca.to_code(fit[coded], n), test_code, pca.from_code, images, pixels) if n in numbers else []
-        points.append(_point("PCA", n, squared_error(painted, images), rates_))
-        if n in numbers:
-            rows.append(painted[some])
-    about = {
-        "images": len(test),
-        "pixels": pixels,
-        "channels": images.shape[1],
-        "fitted_on": len(fit),
-        "points": points,
-        "runs": {run.resolve().name: _about(run) for run in config.runs},
-        "hardware": hardware(),
-        "versions": versions(),
-        "commit": commit(),
-    }
-    write_atomic(out / "compression.json", (json.dumps(about, indent=1) + "\n").encode())
-    pictures = [to_uint8(torch.from_numpy(r).expand(-1, 3, -1, -1)) for r in rows]
-    examples = write_png(out / "examples.png", sheet(pictures))
-    page = _page(out, about, examples, ["the images", *codes, *(f"PCA, {n} numbers" for n in numbers)])
-    for name, reason in test.skipped:
-        print(f"skipped {printable(name)}: {reason}")
-    for p in points:
-        bits = "".join(f"  {r['bits_per_pixel']:.3f}: {r['error']:.2f}" for r in p["rates"])
-        print(
-            f"{p['name']:<24} {p['numbers']:>4} numbers  squared error {p['error']:8.3f}"
-            + (f"   bits per pixel{bits}" if bits else "")
-        )
-    print(f"open {page}")
-    return out
+    return tasks
 
 
 def _about(run: Path) -> dict[str, Any]:

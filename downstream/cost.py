@@ -10,7 +10,8 @@ import torch
 
 from downstream import finetune as ft
 from downstream import label_free as lf
-from downstream.evaluate import STATISTICS_IMAGES, Arm, Table
+from downstream import self_training as st
+from downstream.evaluate import STATISTICS_IMAGES, TRAINED, Arm, Table
 from unlabel.backbone import build_backbone, channels_last
 from unlabel.precision import autocast, pick_precision
 
@@ -27,17 +28,17 @@ def print_cost(table: Table, arms: Sequence[Arm], label_free: bool = False) -> N
     smaller = (table.image_size / ft.view_size(table.image_size)) ** 2  # work of a view that is not larger
     for arm in arms:
         protocols = arm.protocols(table.protocols)
-        fits += len(arm.seeds) * len(plan) * sum(p != "finetune" for p in protocols)
+        fits += len(arm.seeds) * len(plan) * sum(p not in TRAINED for p in protocols)
         if arm.kind == "backbone" and "linear" in protocols:
             fits += len(arm.seeds) * len(table.parts) * table.n_draws
         networks += len(arm.seeds) * (arm.kind in ("backbone", "random"))
-        if "finetune" not in protocols:
-            continue
-        for count, _ in plan:
+        for count, _ in plan if set(TRAINED) & set(protocols) else []:
             n, presets = table.labels(count), table.presets(count, arm.kind == "scratch")
-            runs = [*presets, presets[-1]] if len(presets) > 1 else presets
-            for p in runs:
-                seen = len(arm.seeds) * p.steps * min(p.batch_size, n)
+            runs = [(p, n) for p in ([*presets, presets[-1]] if len(presets) > 1 else presets)]
+            if "self-training" in protocols:
+                runs.append((st.SCRATCH_STUDENT if arm.kind == "scratch" else st.STUDENT, n + len(table.unlabelled)))
+            for p, images in runs:
+                seen = len(arm.seeds) * p.steps * min(p.batch_size, images)
                 passes += seen
                 work += seen * (1.0 if p.larger else smaller)
     there, back, width = _measured(table)

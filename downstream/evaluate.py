@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from downstream import finetune as ft
+from downstream import self_training as st
 from downstream.choosing import Judged
 from downstream.classifier import save_classifier, stored_key
 from downstream.controls import Patches, Pixels
@@ -40,6 +41,7 @@ __all__ = ["Arm", "Images", "Table", "control_arms", "fill"]
 
 Count: TypeAlias = int | Literal["all"]
 CELLS = 2  # raise it when a change of the protocol makes stored cells wrong
+TRAINED = ("finetune", "self-training")  # protocols that train the network itself
 STATISTICS_IMAGES = 2048  # unlabelled images for standardising and for a random backbone's BatchNorm
 
 
@@ -55,9 +57,9 @@ class Arm:
     def protocols(self, wanted: Sequence[str]) -> list[str]:
         """Where the arm means something: scratch is trained, the other controls are probed."""
         if self.kind == "scratch":
-            return [p for p in wanted if p == "finetune"]
+            return [p for p in wanted if p in TRAINED]
         if self.kind in ("random", "pixels", "patches"):
-            return [p for p in wanted if p != "finetune"]
+            return [p for p in wanted if p not in TRAINED]
         return list(wanted)
 
 
@@ -120,6 +122,11 @@ class Table:
     def labels(self, count: Count) -> int:
         """How many labelled images a fit sees, all classes together."""
         return len(self.pool) if count == "all" else count * len(self.classes)
+
+    @property
+    def product(self) -> str:
+        """The protocol whose classifier is kept."""
+        return "self-training" if "self-training" in self.protocols else "finetune"
 
     def presets(self, count: Count, scratch: bool) -> tuple[ft.Preset, ...]:
         """How a fit with this many labels per class is fine-tuned."""
@@ -237,6 +244,14 @@ def featurise(arm: Arm, k: int, table: Table, backbone: Backbone | None) -> Feat
     return Featurised(features, stats, row_of, np.arange(len(used), len(features)))
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """What a fine-tuned network says of the unlabelled images (N, K), and how it was made."""
+
+    said: np.ndarray
+    about: dict[str, Any]
+
+
 class ArmFiller:
     """Fits the cells of one arm and one seed; features and network are made when the first cell needs them."""
 
@@ -245,7 +260,8 @@ class ArmFiller:
         self.identity, self._draws = identity(arm, k, table), table.draws
         self._network: Backbone | None = None
         self._featurised: Featurised | None = None
-        self._judged: dict[tuple[Count, int], Judged] = {}
+        self._teachers: dict[tuple[Count, int], Teacher] = {}  # of fine-tuned cells, for self-training
+        self._judged: tuple[tuple[Count, int], Judged] | None = None  # of the last draw: its stages share feature sets
 
     @property
     def network(self) -> Backbone:
@@ -288,11 +304,12 @@ class ArmFiller:
         rows = self._draws.indices(draw, count)
         labels = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
         key: list[Any] = [*self.identity, protocol, count, draw, stage, labels]
-        if self.arm.kind != "scratch":
+        if self.arm.kind != "scratch" or protocol == "self-training":
             key += [self.table.unlabelled_id]
-        if protocol == "finetune":
-            presets = self.table.presets(count, self.arm.kind == "scratch")
-            key += [ft.view_size(self.table.image_size), self.table.top_layers, [repr(p) for p in presets]]
+        if protocol in TRAINED:
+            presets = [repr(p) for p in self.table.presets(count, self.arm.kind == "scratch")]
+            presets += [repr(self._student)] if protocol == "self-training" else []
+            key += [ft.view_size(self.table.image_size), self.table.top_layers, presets]
             key += [] if self._flip else ["no flip"]
             key += [] if self.table.augment else ["no augmentation"]
         cell = self.store.get(key)
@@ -308,29 +325,63 @@ class ArmFiller:
         self, protocol: str, count: Count, draw: int, rows: np.ndarray, stage: str | None, on_step: Any,
         keep: Path | None, key: str,
     ) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
-        y, scratch = self.table.pool.y[rows], self.arm.kind == "scratch"
-        if protocol != "finetune":
+        if protocol not in TRAINED:
             f = self.featurised
-            given = f.features, f.row_of[rows], y, f.stats, count, draw
+            given = f.features, f.row_of[rows], self.table.pool.y[rows], f.stats, count, draw
             if protocol == "linear":
-                model = fit_probe(*given, stage=stage, judged=self._judged.setdefault((count, draw), {}))
+                if self._judged is None or self._judged[0] != (count, draw):
+                    self._judged = (count, draw), {}
+                model = fit_probe(*given, stage=stage, judged=self._judged[1])
             else:
                 model = fit_knn(*given, stage=stage)
             about = {"chosen": model.chosen, "on_grid_edge": bool(model.on_grid_edge), "steps": None}
             return model.predict(f.features, f.test_rows), about
-
-        def head(local: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return fit_head(self._head_inputs(Rows(self.table.pool.pixels, rows[local])), y[local], self._head_stats)
-
-        tuned = ft.finetune(
-            self._start, Rows(self.table.pool.pixels, rows), y, len(self.table.classes),
-            self.table.presets(count, scratch), head=None if scratch else head, seed=draw, device=self.table.device,
-            on_step=on_step, augment=self.table.augment,
-        )  # fmt: skip
+        if protocol == "finetune":
+            classifier, about = self._tuned(count, draw, rows, on_step)
+            if "self-training" in self.table.protocols:
+                self._teachers[count, draw] = self._teacher(classifier, about)
+        else:
+            classifier, about = self._self_trained(count, draw, rows, on_step)
         if keep is not None:
-            save_classifier(tuned.model, self.table.classes, keep, key)
-        log_p = ft.predict_logits(tuned.model, self.table.test.pixels)
-        return log_p.argmax(1), {"chosen": tuned.chosen, "on_grid_edge": tuned.on_grid_edge, "steps": tuned.steps}
+            save_classifier(classifier, self.table.classes, keep, key)
+        return ft.predict_logits(classifier, self.table.test.pixels).argmax(1), about
+
+    def _head(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Where the linear layer starts: at the probe of these rows of the pool; of ``scratch``, nowhere."""
+        if self.arm.kind == "scratch":
+            return None
+        pool = self.table.pool
+        return fit_head(self._head_inputs(Rows(pool.pixels, rows)), pool.y[rows], self._head_stats)
+
+    def _tuned(self, count: Count, draw: int, rows: np.ndarray, on_step: Any) -> tuple[ft.Classifier, dict[str, Any]]:
+        table, scratch = self.table, self.arm.kind == "scratch"
+        tuned = ft.finetune(
+            self._start, Rows(table.pool.pixels, rows), table.pool.y[rows], len(table.classes),
+            table.presets(count, scratch), head=lambda local: self._head(rows[local]), seed=draw, device=table.device,
+            on_step=on_step, augment=table.augment,
+        )  # fmt: skip
+        return tuned.model, {"chosen": tuned.chosen, "on_grid_edge": tuned.on_grid_edge, "steps": tuned.steps}
+
+    @property
+    def _student(self) -> ft.Preset:
+        return st.SCRATCH_STUDENT if self.arm.kind == "scratch" else st.STUDENT
+
+    def _teacher(self, classifier: ft.Classifier, about: dict[str, Any]) -> Teacher:
+        return Teacher(ft.predict_logits(classifier, self.table.unlabelled), about)
+
+    def _self_trained(
+        self, count: Count, draw: int, rows: np.ndarray, on_step: Any
+    ) -> tuple[ft.Classifier, dict[str, Any]]:
+        table, preset = self.table, self._student
+        teacher = self._teachers.pop((count, draw), None) or self._teacher(*self._tuned(count, draw, rows, on_step))
+        images = st.Joined(Rows(table.pool.pixels, rows), table.unlabelled)
+        student = ft.train(
+            self._start, self._head(rows), images, st.joined_names(table.pool.y[rows], teacher.said),
+            len(table.classes), preset, draw, table.device, on_step, table.augment,
+        )  # fmt: skip
+        chosen = {"preset": preset.name, "steps": preset.steps, "unlabelled": len(table.unlabelled)}
+        chosen["teacher"] = teacher.about["chosen"]
+        return student, {**teacher.about, "chosen": chosen, "steps": teacher.about["steps"] + preset.steps}
 
 
 Predictions = dict[tuple[str, str, Count, str | None], np.ndarray]
@@ -354,7 +405,7 @@ def fill(table: Table, arms: Sequence[Arm], keep_classifier: str | None) -> tupl
             if protocol == "linear" and arm.kind in ("backbone", "random"):
                 stages += fillers[0].network.stage_names
             jobs: list[tuple[int, Count, int, str | None]] = [
-                (k, c, d, s) for s in stages for k in range(len(fillers)) for c, d in table.plan()
+                (k, c, d, s) for k in range(len(fillers)) for c, d in table.plan() for s in stages
             ]
             if protocol == "linear" and arm.kind == "backbone":
                 jobs += [
@@ -370,13 +421,13 @@ def fill(table: Table, arms: Sequence[Arm], keep_classifier: str | None) -> tupl
                 bar.update(0)
 
             for k, count, draw, stage in bar:
-                product = (keep_classifier, largest, 0, 0, "finetune")
+                product = (keep_classifier, largest, 0, 0, table.product)
                 keep = table.out if (arm.name, count, draw, k, protocol) == product else None
                 cell = fillers[k].cell(protocol, count, draw, stage, on_step, keep)
                 cells.setdefault((count, stage), [[] for _ in fillers])[k].append(cell.predicted)
                 if stage is None and count in table.counts:
                     where = {"arm": arm.name, "protocol": protocol, "labels_per_class": count}
                     rows.append({**where, "draw": draw, "seed": arm.seeds[k], **cell.about})
-            for (count, stage), found in cells.items():
-                predictions[arm.name, protocol, count, stage] = np.array(found)
+            for count, stage in sorted(cells, key=lambda key: stages.index(key[1])):
+                predictions[arm.name, protocol, count, stage] = np.array(cells[count, stage])
     return rows, predictions

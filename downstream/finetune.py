@@ -26,7 +26,7 @@ from unlabel.errors import UserError
 from unlabel.order import batch_at
 from unlabel.precision import autocast, pick_precision
 
-__all__ = ["Classifier", "FineTuned", "Preset", "finetune", "predict_logits", "presets_for", "view_size"]
+__all__ = ["Classifier", "FineTuned", "Preset", "finetune", "predict_logits", "presets_for", "train", "view_size"]
 
 
 @dataclass(frozen=True)
@@ -172,12 +172,15 @@ def _groups(model: Classifier, preset: Preset) -> list[dict[str, Any]]:
     return split
 
 
-def _train(
+def train(
     start: Backbone, head: tuple[np.ndarray, np.ndarray] | None, images: Any, y: np.ndarray,
     classes: int, preset: Preset, seed: int, device: torch.device, on_step: Callable[[int], None] | None,
     augment: bool = True,
 ) -> Classifier:  # fmt: skip
-    """``preset.steps`` steps on images (n, R, R, 3) uint8 with labels y (n,). Returns averaged weights."""
+    """``preset.steps`` steps on images (n, R, R, 3) uint8; labels y: (n,) whole numbers, or (n, K) probabilities.
+
+    Returns averaged weights.
+    """
     torch.manual_seed(mix(seed, "finetune"))
     model = channels_last(Classifier(copy.deepcopy(start), classes).to(device))
     with torch.no_grad():
@@ -190,7 +193,8 @@ def _train(
     average = copy.deepcopy(model)
     precision, own = pick_precision("auto", device), start.spec.image_size
     size = view_size(own) if preset.larger else own
-    labels = torch.as_tensor(y, device=device).long()
+    labels = torch.as_tensor(y, device=device)
+    labels = labels if labels.is_floating_point() else labels.long()
     batch_size = min(preset.batch_size, max(2, len(y)))
     for step in range(preset.steps):
         epochs, indices = batch_at(seed, step, batch_size, len(y))
@@ -269,7 +273,7 @@ def _holdout(y: np.ndarray, seed: int, share: float = 0.2) -> np.ndarray:
 
 def finetune(
     backbone: Backbone, images: np.ndarray | Rows, y: np.ndarray, classes: int, presets: Sequence[Preset], *,
-    head: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None, seed: int = 0,
+    head: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray] | None] | None = None, seed: int = 0,
     device: torch.device | str = "cpu", on_step: Callable[[int], None] | None = None, augment: bool = True,
 ) -> FineTuned:  # fmt: skip
     """Fine-tune on images (n, R, R, 3) uint8 with labels y (n,) in 0 … classes - 1.
@@ -283,15 +287,15 @@ def finetune(
     device = torch.device(device)
     everything = np.arange(len(y))
 
-    def train(rows: np.ndarray, preset: Preset) -> Classifier:
+    def fit(rows: np.ndarray, preset: Preset) -> Classifier:
         start = head(rows) if head else None
-        return _train(backbone, start, Rows(images, rows), y[rows], classes, preset, seed, device, on_step, augment)
+        return train(backbone, start, Rows(images, rows), y[rows], classes, preset, seed, device, on_step, augment)
 
     losses: list[float] = []
     if len(presets) > 1:
         held = _holdout(y, seed)
         for preset in presets:
-            log_p = predict_logits(train(everything[~held], preset), Rows(images, np.flatnonzero(held)))
+            log_p = predict_logits(fit(everything[~held], preset), Rows(images, np.flatnonzero(held)))
             log_p = log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True)
             losses.append(float(-log_p[np.arange(held.sum()), y[held]].mean()))
     best = int(np.argmin(losses)) if losses else 0
@@ -300,4 +304,4 @@ def finetune(
     if losses:
         chosen["holdout_log_loss"] = [round(v, 4) for v in losses]
     edge = len(presets) > 1 and best in (0, len(presets) - 1)
-    return FineTuned(train(everything, preset), chosen, edge, preset.steps * (len(presets) + 1 if losses else 1))
+    return FineTuned(fit(everything, preset), chosen, edge, preset.steps * (len(presets) + 1 if losses else 1))

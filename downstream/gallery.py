@@ -34,7 +34,7 @@ def draw_gallery(table: ev.Table, arm: ev.Arm) -> dict[str, Any]:
         write_png(folder / "map.png", scatter(at, images, test.y[rows]))
         about["map"] = {"images": len(rows), "classes": table.classes}
     # Otherwise what lies there, if anything, is another table's; fine-tuning keeps this arm's, or had it already.
-    if "finetune" not in arm.protocols(table.protocols) or stored_key(table.out) is None:
+    if table.product not in arm.protocols(table.protocols) or stored_key(table.out) is None:
         return about
     model, classes = load_classifier(table.out)
     rows = evenly_spaced(len(test), JUDGED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -47,7 +48,8 @@ def restore(config: RestoreConfig, load: Load) -> Path:
     _by_stem(cache, "--data")
     originals = _like(cache, config.clean, size, "--clean") if config.clean else None
     masks = _like(cache, config.hidden, size, "--hidden") if config.hidden else None
-    touched = 0
+    if masks is not None and not any(_hidden(masks, rows, size).any() for rows in _parts(len(masks))):
+        raise UserError(f"no mask of {config.hidden} hides anything: what is hidden has to be bright, up to white")
 
     rows: list[list[np.ndarray]] = [[], [], []]
     scores: dict[str, list[Tensor]] = {}
@@ -55,10 +57,7 @@ def restore(config: RestoreConfig, load: Load) -> Path:
     done = 0
     for batch in task.batches(cache.images, cache.hashes):
         at = slice(done, done + len(batch.images))
-        hidden = None
-        if masks is not None:  # whatever a mask touches, also where it is thinner than a pixel of the small image
-            hidden = _view(masks, at, size).mean(1, keepdim=True).to(batch.images.device) > TOUCHED
-            touched += int(hidden.sum())
+        hidden = None if masks is None else _hidden(masks, at, size).to(batch.images.device)
         before, after = _repaired(task, batch, hidden, config.damage)
         original = batch.images if config.damage else None if originals is None else _view(originals, at, size)
         for name, image in zip(cache.names[at], to_uint8(after), strict=True):
@@ -74,8 +73,6 @@ def restore(config: RestoreConfig, load: Load) -> Path:
         done += len(batch.images)
         bar.update(len(batch.images))
     bar.close()
-    if masks is not None and not touched:
-        raise UserError(f"no mask of {config.hidden} hides anything: what is hidden has to be bright, up to white")
     found = {k: float(torch.cat(v).mean()) for k, v in scores.items()}
     about = {"run": config.run.resolve().name, "task": kind, "images": len(cache), **found}
     write_atomic(config.out / "restored.json", (json.dumps(about, indent=1) + "\n").encode())
@@ -140,6 +137,15 @@ def _stem(name: str) -> str:
 def _view(cache: ImageCache, at: slice, size: int) -> Tensor:
     rows = np.arange(len(cache))[at]
     return clean(torch.from_numpy(np.array(cache.images[rows])), size)
+
+
+def _hidden(masks: ImageCache, at: slice, size: int) -> Tensor:
+    """(N, 1, size, size) bool: whatever a mask touches, also where it is thinner than a pixel of the small image."""
+    return _view(masks, at, size).mean(1, keepdim=True) > TOUCHED
+
+
+def _parts(n: int, size: int = 256) -> Iterator[slice]:
+    return (slice(k, k + size) for k in range(0, n, size))
 
 
 def _inside(folder: Path, name: str) -> Path:

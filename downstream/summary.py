@@ -101,7 +101,7 @@ def _forecasts(table: ev.Table, tasks: Sequence[ev.Arm], correct: ev.Predictions
 
 
 _VERSUS = [
-    ("scratch", "finetune"), ("random", "linear"), ("random", "knn"),
+    ("scratch", "finetune"), ("scratch", "self-training"), ("random", "linear"), ("random", "knn"),
     ("patches", "linear"), ("patches", "knn"), ("pixels", "linear"), ("pixels", "knn"),
 ]  # fmt: skip
 
@@ -109,11 +109,12 @@ _VERSUS = [
 def _primary(first: str, given: str | None, present: Iterable[str], table: ev.Table) -> list[tuple[Any, ...]]:
     """What is named before the test labels are read: one comparison; with ``given`` weights, each two of the three."""
     middle = table.counts[len(table.counts) // 2]
-    if "finetune" in table.protocols and "scratch" in present:
-        protocol, control = "finetune", "scratch"
+    trained = next((p for p in ev.TRAINED if p in table.protocols), None)
+    if trained and "scratch" in present:
+        protocol, control = trained, "scratch"
     elif "linear" in table.protocols and "random" in present:
         protocol, control = "linear", "random"
     else:
-        protocol, control = next((p for p in ("finetune", "linear") if p in table.protocols), "knn"), None
+        protocol, control = next((p for p in (*ev.TRAINED, "linear") if p in table.protocols), "knn"), None
     pairs = [(first, control), (first, given), (given, control)]
     return [(a, b, protocol, middle) for a, b in pairs if a is not None and b is not None]

@@ -10,7 +10,7 @@ Finished classes are not done again.
 Solar cells (PyPI's elpv-dataset, unpacked; Buerhop-Lutz et al. 2018): functional is probability 0, defective is 1, what
 lies between is left out; half of the functional cells, by the hash of their content, are trained on, the others tested:
 
-    python scripts/anomalies.py elpv-mono --elpv FOLDER/elpv_dataset/data --image-size 96 --out runs/elpv-mono
+    python scripts/anomalies.py elpv-mono --elpv FOLDER/elpv_dataset/data --image-size 96 --out runs/anomalies
 """
 
 from __future__ import annotations
@@ -62,13 +62,14 @@ def solar_cells(data: Path, kind: str, out: Path) -> tuple[Path, Path]:
     return out / "train", out / "test"
 
 
-def one_class(args: argparse.Namespace, name: str, train: Path, test: Path) -> dict[str, dict[str, float]]:
-    stored = args.out / f"{args.task}-{name}.json"
+def one_class(args: argparse.Namespace, out: Path, name: str, train: Path, test: Path) -> dict[str, dict[str, float]]:
+    """Scores with the class ``name`` as the normal one; what is in ``out`` is not done again."""
+    stored = out / f"{args.task}-{name}.json"
     settings = [args.minutes, args.image_size, *args.flags]
     known = json.loads(stored.read_text()) if stored.exists() else {}
     if known.get("settings") == settings:
         return known["scores"]
-    run = args.out / "runs" / f"{args.task}-{name}"
+    run = out / "runs" / f"{args.task}-{name}"
     command = ["pretrain", args.task, "--data", str(train / name), "--out", str(run), *args.flags]
     command += ["--image-size", str(args.image_size), "--minutes", str(args.minutes), "--no-flip"]
     if code := command_line(command):
@@ -103,16 +104,17 @@ def main() -> None:
     parser.add_argument("--name", help="of the data, in the name of the result")
     parser.add_argument("--out", type=Path, default=Path("runs/anomalies"))
     args, args.flags = parser.parse_known_args()
-    name = args.name or args.train
+    name = args.name or Path(args.train).name.replace(":", "-")
+    out = args.out / name
     spec = args.test or own_test_split(args.train)
     if args.elpv:
-        train, test = solar_cells(args.elpv, args.train.removeprefix("elpv-"), args.out / name)
+        train, test = solar_cells(args.elpv, args.train.removeprefix("elpv-"), out)
     elif spec is None:
         parser.error("--test is needed")
     else:
-        train, test = write_out(args.train, args.out / name / "train"), write_out(spec, args.out / name / "test")
+        train, test = write_out(args.train, out / "train"), write_out(spec, out / "test")
     classes = sorted(p.name for p in train.iterdir())
-    table = {c: one_class(args, c, train, test) for c in classes}
+    table = {c: one_class(args, out, c, train, test) for c in classes}
     means = {s: float(np.mean([table[c][s]["auroc"] for c in classes])) for s in table[classes[0]]}
     best = max(PIXELS, key=means.__getitem__)
     differences = {}
@@ -133,8 +135,11 @@ def main() -> None:
         print(f"{c:<14}" + "".join(f"{table[c][s]['auroc']:>16.3f}" for s in means))
     print(f"{'mean':<14}" + "".join(f"{v:>16.3f}" for v in means.values()))
     for score, found in differences.items():
-        low, high = found["interval"] or (float("nan"), float("nan"))
-        print(f"{score} - {best}: {found['mean']:+.3f} [{low:+.3f}, {high:+.3f}], paired over {len(classes)} classes")
+        line = f"{score} - {best}: {found['mean']:+.3f}"
+        if found["interval"]:
+            low, high = found["interval"]
+            line += f" [{low:+.3f}, {high:+.3f}], paired over {len(classes)} classes"
+        print(line)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def test_what_is_not_there_is_said(runs, tmp_path: Path, capsys):
         (["anomalies", str(run), "--data", "digits", "--test", "digits", "--normal", "cat"], "--normal cat"),
         (["anomalies", str(tmp_path), "--data", "digits"], "no backbone"),
         (["anomalies", str(run), "--data", "digits", "--normal", "3"], "give some of both by --test"),
+        (["anomalies", str(run), "--data", "digits", "--labels", "l.csv"], "--labels is for the --test images"),
     ]:
         assert main(command) == 2
         assert words in capsys.readouterr().err
@@ -347,8 +348,9 @@ def test_a_scratch_thinner_than_a_pixel_is_hidden(runs, digits_folder: Path, tmp
     before = (clean(torch.from_numpy(np.array(cache.images)), SIZE)[0] * 255).round().permute(1, 2, 0).numpy()
     assert 8 in set(np.argwhere(np.abs(restored - before).max(2) > 0)[:, 0]) <= {7, 8, 9}
     Image.fromarray(line // 255).save(masks / "a.png")
-    assert main(["restore", str(run), *command]) == 2
+    assert main(["restore", str(run), *command[:-1], str(tmp_path / "nothing")]) == 2
     assert "hides anything" in capsys.readouterr().err
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_restore_refuses_what_does_not_fit(runs, digits_folder: Path, tmp_path: Path, capsys):

@@ -12,7 +12,7 @@ import tyro
 __all__ = ["BACKBONES", "CompareConfig", "EvaluateConfig", "OwnBackbone", "PretrainConfig"]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Protocol = Literal["linear", "knn", "finetune"]
+Protocol = Literal["linear", "knn", "finetune", "self-training"]
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class FewLabels:
     labels: Path | None = None
     """CSV of name,label for images that are not in class folders."""
     protocol: tuple[Protocol, ...] = ("linear", "knn", "finetune")
-    """What to measure."""
+    """What to measure. `self-training`: fine-tuning, then again with the unlabelled images as it names them."""
     labels_per_class: tuple[str, ...] | None = None
     """Label counts; `all` takes every label (default: of 1 10 50 those that there are)."""
     draws: int = 10

@@ -31,6 +31,7 @@ _ABOUT_PROTOCOLS = {
     "linear": "The backbone stays frozen; a logistic regression on its features learns from the labels.",
     "knn": "The backbone stays frozen; an image gets the class of the nearest labelled ones.",
     "finetune": "The backbone itself is trained further on the labels.",
+    "self-training": "What the fine-tuned network says of the unlabelled images trains a second one, with the labels.",
 }
 _ABOUT_CONTROLS = {
     "scratch": "The network from random weights, trained on the labels alone, for at least as many steps.",

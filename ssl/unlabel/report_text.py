@@ -12,14 +12,19 @@ from typing import Any
 
 Row = dict[str, Any]
 
-PROTOCOLS = {"linear": "linear probe", "knn": "k-NN", "finetune": "fine-tuning"}
+PROTOCOLS = {"linear": "linear probe", "knn": "k-NN", "finetune": "fine-tuning", "self-training": "self-training"}
 CONTROLS = {
     "scratch": "training from scratch",
     "random": "a random backbone",
     "patches": "k-means on patches",
     "pixels": "PCA on pixels",
 }
-ACCURACY_OF = {"linear": "linear-probe accuracy", "knn": "k-NN accuracy", "finetune": "fine-tuned accuracy"}
+ACCURACY_OF = {
+    "linear": "linear-probe accuracy",
+    "knn": "k-NN accuracy",
+    "finetune": "fine-tuned accuracy",
+    "self-training": "self-trained accuracy",
+}
 
 
 def rows_of(results: dict[str, Any], key: str) -> list[Row]:
@@ -54,7 +59,7 @@ def arms_of(rows: Iterable[Row]) -> list[str]:
 
 
 def protocols_of(rows: Iterable[Row]) -> list[str]:
-    """Protocols in the order linear, k-NN, fine-tuning, then any other."""
+    """Protocols in the order linear, k-NN, fine-tuning, self-training, then any other."""
     names = [str(name) for name in unique(row.get("protocol") for row in rows) if name is not None]
     return [n for n in PROTOCOLS if n in names] + [n for n in names if n not in PROTOCOLS]
 
@@ -153,7 +158,7 @@ def primary_row(results: dict[str, Any]) -> Row | None:
     named = next((row for row in paired if row.get("primary") is True), None)
     if named is not None:
         return named
-    for protocol, versus in (("finetune", "scratch"), ("linear", "random")):
+    for protocol, versus in (("finetune", "scratch"), ("self-training", "scratch"), ("linear", "random")):
         row = _middle([r for r in paired if r.get("protocol") == protocol and r.get("versus") == versus])
         if row is not None:
             return row
