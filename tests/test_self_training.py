@@ -93,6 +93,7 @@ def test_the_student_learns_the_names_that_it_is_given(tmp_path: Path, short: py
     right = (predictions["scratch", "self-training", 1, None] == table.test.y).mean()
     assert right > 0.95 if not turned else right < 0.05
     assert rows[0]["steps"] == 2 + 30
+    assert rows[0]["chosen"]["preset"] == "scratch-student"
     assert rows[0]["chosen"]["unlabelled"] == 64
     assert rows[0]["chosen"]["teacher"]["preset"] == "scratch"
 

@@ -41,7 +41,7 @@ from unlabel.pretrain import Together, pretrain
 from unlabel.runfolder import RunFolder
 from unlabel.sources import open_source
 
-__all__ = ["Setting", "best_workers", "race", "same_speed_for_more_images"]
+__all__ = ["Setting", "best_workers", "blocks_of_steps", "limit", "race", "same_speed_for_more_images", "unlabel_run"]
 
 CPU = torch.device("cpu")
 EPOCH = 20_000  # images: how often the loop saves a checkpoint, as it would with so many
@@ -56,10 +56,12 @@ class Setting:
     folder: Path
     images: int
     size: int = 64
+    device: torch.device = CPU
+    batch: int | None = None  # the task's own
 
     @property
     def batch_size(self) -> int:
-        return load_task(self.task).recipe.batch_size
+        return self.batch or load_task(self.task).recipe.batch_size
 
     def model(self) -> Together:
         torch.manual_seed(0)
@@ -70,21 +72,22 @@ class Setting:
     def batches(self, cache: ImageCache) -> Batches:
         """The library's own, for a loop of our own."""
         recipe = load_task(self.task).recipe
-        made = Batches(cache, PretrainConfig((self.task,), (str(self.folder),), Path()), True, CPU)
+        made = Batches(cache, PretrainConfig((self.task,), (str(self.folder),), Path()), True, self.device)
         made.plan = Plan(
-            self.size, recipe.batch_size, 10_000, recipe.lr, recipe.weight_decay, recipe.optimizer, recipe.schedule,
-            recipe.crop, False, pick_precision("auto", CPU),
+            self.size, self.batch_size, 10_000, recipe.lr, recipe.weight_decay, recipe.optimizer, recipe.schedule,
+            recipe.crop, False, pick_precision("auto", self.device),
         )  # fmt: skip
         return made
 
     def own_step(self) -> Callable[[Batch], None]:
         """Forward, backward, update, in the best precision and layout of this machine."""
-        recipe, model, precision = load_task(self.task).recipe, channels_last(self.model()), pick_precision("auto", CPU)
+        recipe, precision = load_task(self.task).recipe, pick_precision("auto", self.device)
+        model = channels_last(self.model().to(self.device))
         groups = [g for task in model.tasks.values() for g in task.param_groups()]  # type: ignore[operator]
         optimizers = optim.make_optimizers(model.backbone, groups, recipe.optimizer, recipe.lr, recipe.weight_decay)
 
         def step(batch: Batch) -> None:
-            with autocast(CPU, precision):
+            with autocast(self.device, precision):
                 loss, _ = model(batch)
             loss.backward()
             for optimizer in optimizers:
@@ -111,7 +114,7 @@ def limit(setting: Setting, workers: int) -> Measure:
     keep_freed_memory()
     cache = load_cache(open_source(str(setting.folder)), setting.size, progress=False, write=False)
     step, batch = setting.own_step(), setting.batches(cache)(0, 0.5)
-    return partial(_blocks, step, iter(lambda: batch, None), setting.batch_size, 0)
+    return partial(blocks_of_steps, step, iter(lambda: batch, None), setting.batch_size, 0)
 
 
 def plain(setting: Setting, workers: int, by_hand: bool) -> Measure:
@@ -141,10 +144,12 @@ def plain(setting: Setting, workers: int, by_hand: bool) -> Measure:
         loss.backward()
         updates.step()
 
-    return partial(_blocks, step, forever(), setting.batch_size, workers)
+    return partial(blocks_of_steps, step, forever(), setting.batch_size, workers)
 
 
-def _blocks(step: Callable, feed: Iterator, batch_size: int, workers: int, images: int, blocks: int, on_block) -> None:
+def blocks_of_steps(
+    step: Callable, feed: Iterator, batch_size: int, workers: int, images: int, blocks: int, on_block
+) -> None:
     timer = Blocks(images, blocks, batch_size, workers, on_block)
     for _ in range(timer.total):
         step(next(feed))
@@ -171,7 +176,8 @@ def unlabel_run(setting: Setting, epochs: int, on_epoch: Callable[[float, int], 
     with tempfile.TemporaryDirectory() as temporary, packed_in(f"{temporary}/cache"):
         config = PretrainConfig(
             (setting.task,), (str(setting.folder),), Path(temporary) / "run", backbone=setting.network,
-            image_size=setting.size, epochs=epochs, log_every=epoch, progressive=False, device="cpu",
+            image_size=setting.size, epochs=epochs, log_every=epoch, progressive=False, batch_size=setting.batch_size,
+            device="cpu" if setting.device.type == "cpu" else "cuda",
             checkpoint_every=max(1, EPOCH // setting.batch_size),
         )  # fmt: skip
         log, begun = RunFolder.log, time.perf_counter()

@@ -1,0 +1,309 @@
+"""Which score would choose the best run without labels? The study of docs/label-free.md, which holds its plan.
+
+    python scripts/label_free_study.py pretrain --data runs/cvd/split/pretrain --out runs/study
+    python scripts/label_free_study.py measure --train runs/cvd/split/pool --test runs/cvd/split/development \
+        --out runs/study
+    python scripts/label_free_study.py judge --out runs/study           # results/label_free.json and a table
+
+Cost on two cores with bf16: 48 × 4 minutes of pretraining, then 48 × about 2 minutes. What is finished is not done
+again, so that it can be run over several days. The photos are split by `scripts/cats_vs_dogs.py split`; the truth is
+asked of the development photos, and no test photo is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import kendalltau, spearmanr
+from sklearn.linear_model import LogisticRegression
+
+from unlabel.apply import embed
+from unlabel.backbone import load_backbone
+from unlabel.cache import load_cache
+from unlabel.checkpoint import write_atomic
+from unlabel.cli import main as command_line
+from unlabel.runfolder import RunFolder, commit, hardware, versions
+from unlabel.sources import open_source
+
+SIZE, MINUTES = 48, 4
+# Two ways of setting each task; with two learning rates and two sizes of the crop that makes eight.
+TASKS = {
+    "rotation": ("--rotation.blocks 0", "--rotation.blocks 1"),
+    "jigsaw": ("--jigsaw.mode relative", "--jigsaw.mode permutation"),
+    "colorization": ("--colorization.loss regression", "--colorization.loss classes"),
+    "superresolution": ("--superresolution.scale 2", "--superresolution.scale 4"),
+    "inpainting": ("--inpainting.mask center", "--inpainting.mask region"),
+    "denoising": ("--denoising.noise gaussian", "--denoising.noise masking"),
+}
+RATES = ("--lr 5e-4", "--lr 2e-3")
+CROPS = ("--crop 0.2 1", "--crop 0.8 1")
+# Which way each score is thought to be better. The probes are not asked of runs that were trained for them.
+SCORES = {
+    "effective_rank": 1, "rankme": 1, "alpha_req": 0, "lidar": 1, "alignment": -1, "uniformity": -1,
+    "rotation_probe": 1, "jigsaw_probe": 1, "pretext": 1,
+}  # fmt: skip
+NULLS = ("images_seen", "final_loss", "random")
+COUNTS = (10, 50)  # labels per class of the truth; the last is the primary one
+DRAWS = 50
+PICKS, PICK_DRAWS = (2, 10, 20), 200  # labels per class that a run may be picked by
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    task: str
+    flags: tuple[str, ...]
+    seed: int
+
+
+def runs() -> Iterator[Run]:
+    """All 48, in an order in which any first part of them is as balanced as can be."""
+    settings = list(itertools.product((0, 1), repeat=3))
+    for k, bits in enumerate(settings):
+        for t, (task, ways) in enumerate(TASKS.items()):
+            flags = (ways[bits[0]], RATES[bits[1]], CROPS[bits[2]])
+            yield Run(f"{task}-{''.join(map(str, bits))}", task, flags, 8 * t + k)
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    for run in runs():
+        words = ["pretrain", run.task, "--data", args.data, "--out", str(args.out / "runs" / run.name)]
+        words += ["--image-size", str(SIZE), "--minutes", str(MINUTES), "--seed", str(run.seed)]
+        words += [word for flag in run.flags for word in flag.split()]
+        print(f"\n$ unlabel {shlex.join(words)}", flush=True)
+        if code := command_line(words):
+            raise SystemExit(code)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """The scores, the truth, and what few labels would say; each run's into a file of its own."""
+    for run in runs():
+        folder, out = args.out / "runs" / run.name, args.out / "measured" / run.name
+        if (out / "row.json").exists() or not (folder / "backbone.safetensors").exists():
+            continue
+        words = ["evaluate", str(folder), "--train", args.train, "--test", args.test, "--out", str(out)]
+        words += ["--protocol", "linear", "--draws", str(DRAWS), "--labels-per-class", *map(str, COUNTS)]
+        words += ["--label-free", "--no-controls"]
+        print(f"\n$ unlabel {shlex.join(words)}", flush=True)
+        if code := command_line(words):
+            raise SystemExit(code)
+        write_atomic(out / "row.json", json.dumps(row_of(run, folder, out, args.train), indent=1).encode())
+
+
+def row_of(run: Run, folder: Path, out: Path, train: str) -> dict[str, Any]:
+    results = json.loads((out / "results.json").read_text())
+    found = {r["score"]: r for r in reversed(results["label_free"])}  # of a task's own metrics the first
+    values = {name: found[name]["value"] for name in SCORES if name in found and found[name]["value"] is not None}
+    if "alpha_req" in values:
+        values["alpha_req"] = -abs(values["alpha_req"] - 1)
+    if own := found.get("pretext"):
+        gain = (own["value"] - own["trivial"]) * (-1 if own["better"] == "min" else 1)
+        values["pretext"] = gain / max(abs(own["trivial"]), 1e-12)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    accuracy = {
+        str(count): [r["accuracy"] for r in results["rows"] if r["labels_per_class"] == count] for count in COUNTS
+    }
+    return {
+        "name": run.name, "task": run.task, "flags": list(run.flags), "scores": values, "accuracy": accuracy,
+        "images_seen": (RunFolder(folder).read() or {})["finished"]["images_seen"],
+        "final_loss": lines[-1]["loss"], "picked": few_labels(folder, train), "commit": commit(),
+    }  # fmt: skip
+
+
+def few_labels(folder: Path, train: str) -> dict[str, list[float]]:
+    """For each number of labels per class: the share of them that is right in each draw, in two halves, each judged by
+    a logistic regression on the other. Draws are the same for every run."""
+    cache = load_cache(open_source(train), SIZE)
+    labels = np.array(cache.labels)
+    classes = np.unique(labels)
+    drawn = np.stack(
+        [np.stack([np.random.default_rng([d, k]).permutation(np.flatnonzero(labels == c))[: max(PICKS)]
+                   for k, c in enumerate(classes)]) for d in range(PICK_DRAWS)]
+    )  # (draws, classes, labels)  # fmt: skip
+    used, at = np.unique(drawn, return_inverse=True)
+    features = embed(load_backbone(folder), np.array(cache.images[used]))
+    features = (features - features.mean(0)) / (features.std(0) + 1e-6)
+    at = at.reshape(drawn.shape)
+    found: dict[str, list[float]] = {}
+    for m in PICKS:
+        right = []
+        for rows in at[:, :, :m]:
+            halves = [(rows[:, k::2].ravel(), np.repeat(classes, m // 2)) for k in range(2)]
+            for (fit, y), (judged, truth) in (halves, halves[::-1]):
+                model = LogisticRegression(C=1.0 / features.shape[1], max_iter=200).fit(features[fit], y)
+                right.append(float((model.predict(features[judged]) == truth).mean()))
+        found[str(m)] = np.array(right).reshape(-1, 2).mean(1).tolist()
+    return found
+
+
+# ---- Judging
+
+
+def within(score: np.ndarray, truth: np.ndarray, tasks: np.ndarray) -> float:
+    """Kendall's tau-b of the runs of a task, mean over the tasks; runs without the score are left out."""
+    each = []
+    for task in np.unique(tasks):
+        own = (tasks == task) & np.isfinite(score)
+        if own.sum() > 2 and len(set(score[own])) > 1:
+            each.append(kendalltau(score[own], truth[own])[0])
+    return float(np.mean(each))
+
+
+def across(score: np.ndarray, truth: np.ndarray) -> float:
+    """Spearman's rho over all runs that have the score."""
+    has = np.isfinite(score)
+    found: Any = spearmanr(score[has], truth[has])
+    return float(found.statistic)
+
+
+def partial_rho(score: np.ndarray, truth: np.ndarray, given: np.ndarray) -> float:
+    """Spearman's rho of what is left of both when the ranks of ``given`` are known."""
+    xy, xz, yz = (
+        across(score, truth),
+        across(score, given),
+        across(truth[np.isfinite(score)], given[np.isfinite(score)]),
+    )
+    return float((xy - xz * yz) / np.sqrt((1 - xz**2) * (1 - yz**2)))
+
+
+def permutation_p(score: np.ndarray, truth: np.ndarray, tasks: np.ndarray, resamples: int, seed: int = 0) -> float:
+    """Two-sided, of ``within``: the truth is shuffled among the runs of each task."""
+    rng, seen = np.random.default_rng(seed), abs(within(score, truth, tasks))
+    groups = [np.flatnonzero((tasks == t) & np.isfinite(score)) for t in np.unique(tasks)]
+    beyond = 0
+    for _ in range(resamples):
+        shuffled = truth.copy()
+        for rows in groups:
+            shuffled[rows] = truth[rng.permutation(rows)]
+        beyond += abs(within(score, shuffled, tasks)) >= seen - 1e-12
+    return (1 + beyond) / (1 + resamples)
+
+
+def holm(p: dict[str, float]) -> dict[str, float]:
+    """Adjusted p-values (Holm 1979)."""
+    out, largest = {}, 0.0
+    for k, name in enumerate(sorted(p, key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - k) * p[name]))
+        out[name] = largest
+    return out
+
+
+def regret(score: np.ndarray, truth: np.ndarray) -> float:
+    """How much better the best run is than the one that the score puts first; ties are drawn by lot, in the mean."""
+    has = np.isfinite(score)
+    first = score == score[has].max()
+    return float(truth.max() - truth[first].mean())
+
+
+def reliability(draws: np.ndarray, tasks: np.ndarray) -> dict[str, float]:
+    """Of the truth (runs, draws): how its two halves agree, and what that makes of the whole (Spearman & Brown)."""
+    a, b = draws[:, ::2].mean(1), draws[:, 1::2].mean(1)
+    rho = across(a, b)
+    return {"tau_within": within(a, b, tasks), "rho": rho, "rho_whole": 2 * rho / (1 + rho)}
+
+
+def resampled(tasks: np.ndarray, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """Rows of the runs, drawn anew within each task."""
+    rng = np.random.default_rng(seed)
+    groups = [np.flatnonzero(tasks == t) for t in np.unique(tasks)]
+    for _ in range(resamples):
+        yield np.concatenate([rng.choice(rows, len(rows)) for rows in groups])
+
+
+def interval(values: list[float]) -> list[float]:
+    return [float(v) for v in np.nanpercentile(values, [2.5, 97.5])]
+
+
+def judged(rows: list[dict[str, Any]], resamples: int = RESAMPLES) -> dict[str, Any]:
+    """All that the plan names, for the truth with each number of labels."""
+    tasks = np.array([r["task"] for r in rows])
+    seen = np.array([r["images_seen"] for r in rows], float)
+    scores = {
+        name: np.array([r["scores"].get(name, np.nan) for r in rows]) * (sign or 1) for name, sign in SCORES.items()
+    }
+    nulls = {
+        "images_seen": seen,
+        "final_loss": -np.array([r["final_loss"] for r in rows]),
+        "random": np.random.default_rng(0).normal(size=len(rows)),
+    }
+    found: dict[str, Any] = {}
+    for count in COUNTS:
+        draws = np.array([r["accuracy"][str(count)] for r in rows])
+        truth = draws.mean(1)
+        table: dict[str, Any] = {}
+        for name, score in {**scores, **nulls}.items():
+            again = list(resampled(tasks, min(resamples, 2000)))
+            row: dict[str, Any] = {
+                "tau_within": within(score, truth, tasks),
+                "tau_interval": interval([within(score[k], truth[k], tasks[k]) for k in again]),
+                "p": permutation_p(score, truth, tasks, resamples),
+            }
+            if name != "pretext" and name != "final_loss":  # metrics and losses of different tasks are not comparable
+                row["rho_across"] = across(score, truth)
+                row["rho_interval"] = interval([across(score[k], truth[k]) for k in again])
+                row["regret"] = 100 * regret(score, truth)
+                if name not in NULLS:
+                    row["rho_given_images_seen"] = partial_rho(score, truth, seen)
+            row["regret_within"] = 100 * float(
+                np.mean([regret(score[tasks == t], truth[tasks == t]) for t in np.unique(tasks[np.isfinite(score)])])
+            )
+            table[name] = row
+        for name, p in holm({n: table[n]["p"] for n in SCORES}).items():
+            table[name]["p_holm"] = p
+        picks = {m: np.array([r["picked"][str(m)] for r in rows]) for m in PICKS}
+        found[str(count)] = {
+            "scores": table,
+            "reliability": reliability(draws, tasks),
+            "random_pick": 100 * float(truth.max() - truth.mean()),
+            "picked_by_labels": {
+                str(m): 100 * float(np.mean([regret(a[:, d], truth) for d in range(a.shape[1])]))
+                for m, a in picks.items()
+            },
+            "truth": dict(zip([r["name"] for r in rows], truth.tolist(), strict=True)),
+        }
+    return found
+
+
+def judge(args: argparse.Namespace) -> None:
+    rows = [json.loads(p.read_text()) for p in sorted((args.out / "measured").glob("*/row.json"))]
+    missing = sorted({r.name for r in runs()} - {r["name"] for r in rows})
+    if missing:
+        raise SystemExit(f"{len(missing)} of 48 runs are not measured yet: {', '.join(missing[:6])} …")
+    found = judged(rows)
+    about = {"runs": rows, "judged": found, "hardware": hardware(), "versions": versions(), "commit": commit()}
+    Path("results").mkdir(exist_ok=True)
+    Path("results/label_free.json").write_text(json.dumps(about, indent=1) + "\n")
+    for count, part in found.items():
+        print(f"\ntruth: linear probe, {count} labels per class; split halves {part['reliability']}")
+        print(f"regret of a random pick {part['random_pick']:.1f}, by labels {part['picked_by_labels']}")
+        for name, r in part["scores"].items():
+            low, high = r["tau_interval"]
+            rho = f"{r['rho_across']:+.2f}" if "rho_across" in r else "     "
+            lost = f"{r['regret']:.1f}" if "regret" in r else "   "
+            print(f"{name:<16} tau {r['tau_within']:+.2f} [{low:+.2f}, {high:+.2f}]  rho {rho}  regret {lost}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(required=True)
+    for part, needed in ((pretrain, ["--data"]), (measure, ["--train", "--test"]), (judge, [])):
+        sub = parts.add_parser(part.__name__)
+        for name in needed:
+            sub.add_argument(name, required=True)
+        sub.add_argument("--out", type=Path, default=Path("runs/study"))
+        sub.set_defaults(part=part)
+    args = parser.parse_args()
+    args.part(args)
+
+
+if __name__ == "__main__":
+    main()

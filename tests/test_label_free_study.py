@@ -1,0 +1,151 @@
+"""The study of docs/label-free.md: its statistics against references, and its two commands on a small set."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import rankdata
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "label_free_study.py"
+spec = importlib.util.spec_from_file_location("label_free_study", SCRIPT)
+assert spec is not None
+assert spec.loader is not None
+study = importlib.util.module_from_spec(spec)
+sys.modules["label_free_study"] = study
+spec.loader.exec_module(study)
+
+TASKS = np.repeat(list("abcdef"), 8)
+
+
+def test_the_plan_is_48_runs_and_each_part_of_them_is_balanced():
+    runs = list(study.runs())
+    assert len({r.name for r in runs}) == len({(r.task, r.flags) for r in runs}) == len({r.seed for r in runs}) == 48
+    for part in (runs, runs[:12], runs[:24]):
+        assert set(Counter(r.task for r in part).values()) == {len(part) // 6}
+    for task in study.TASKS:
+        flags = Counter(f for r in runs if r.task == task for f in r.flags)
+        assert len(flags) == 6
+        assert set(flags.values()) == {4}
+
+
+def test_within_tasks_looks_at_no_difference_between_tasks():
+    rng = np.random.default_rng(0)
+    score = rng.normal(size=48)
+    offset = np.repeat(rng.normal(0, 100, 6), 8)
+    assert study.within(score, np.exp(score) + 1000 * offset, TASKS) == pytest.approx(1)
+    assert study.within(score, offset - score, TASKS) == pytest.approx(-1)
+    assert abs(study.across(score, score + offset)) < 0.5
+    one = score.copy()
+    one[TASKS == "a"] = np.nan  # a probe that was not asked of a task
+    truth = score.copy()
+    truth[TASKS == "a"] *= -1
+    assert study.within(one, truth, TASKS) == pytest.approx(1)
+    # Kendall's tau-b by hand, two pairs against one: b after a, c before b.
+    three = np.array(["x"] * 3)
+    assert study.within(np.array([1.0, 2, 3]), np.array([1.0, 3, 2]), three) == pytest.approx(1 / 3)
+
+
+def test_p_values_are_those_of_chance_without_a_relation_and_small_with_one():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=48)
+    assert study.permutation_p(truth, truth, TASKS, 200) == pytest.approx(1 / 201)
+    p = [study.permutation_p(rng.normal(size=48), truth, TASKS, 60, seed=k) for k in range(60)]
+    assert 0.35 < np.mean(p) < 0.65
+    assert np.mean(np.array(p) < 0.1) < 0.25
+
+
+def test_holm_by_hand():
+    assert study.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert study.holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+
+
+def test_partial_rho_is_the_correlation_of_what_ranks_leave():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=48)
+    x, y = z + rng.normal(size=48), z + rng.normal(size=48)
+    given = np.c_[np.ones(48), rankdata(z)]
+    left = [r - given @ np.linalg.lstsq(given, r, rcond=None)[0] for r in (rankdata(x), rankdata(y))]
+    assert study.partial_rho(x, y, z) == pytest.approx(np.corrcoef(*left)[0, 1])
+
+
+def test_regret():
+    truth = np.array([0.5, 0.9, 0.7, 0.6])
+    assert study.regret(np.array([0, 1, 0, 0.0]), truth) == 0
+    assert study.regret(np.array([0, 0, 3, 0.0]), truth) == pytest.approx(0.2)
+    assert study.regret(np.array([5, 0, 5, 0.0]), truth) == pytest.approx(0.9 - 0.6)  # by lot
+    assert study.regret(np.array([1, np.nan, 2, 0.0]), truth) == pytest.approx(0.2)  # the best has no score
+
+
+def test_reliability_of_the_truth():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(48, 1))
+    steady, noisy = (study.reliability(truth + s * rng.normal(size=(48, 50)), TASKS) for s in (0.01, 10))
+    assert steady["rho"] > 0.99
+    assert steady["tau_within"] > 0.95
+    assert noisy["rho"] < 0.7
+    assert noisy["rho_whole"] == pytest.approx(2 * noisy["rho"] / (1 + noisy["rho"]))
+
+
+def made_up(rng: np.random.Generator, follow: str) -> list[dict]:
+    """Rows in which one score follows the truth and the others do not."""
+    rows = []
+    for run in study.runs():
+        truth = rng.uniform(0.5, 0.9)
+        scores = {name: float(rng.normal()) for name in study.SCORES}
+        scores[follow] = -truth if study.SCORES[follow] < 0 else truth
+        if run.task == "rotation":
+            del scores["rotation_probe"]
+        accuracy = {str(c): (truth + 0.01 * rng.normal(size=10)).tolist() for c in study.COUNTS}
+        picked = {str(m): (truth + rng.normal(size=20) / m).tolist() for m in study.PICKS}
+        rows.append({"name": run.name, "task": run.task, "scores": scores, "accuracy": accuracy, "picked": picked,
+                     "images_seen": int(rng.integers(1000, 2000)), "final_loss": float(rng.normal())})  # fmt: skip
+    return rows
+
+
+@pytest.mark.parametrize("follow", ["rankme", "uniformity"])
+def test_the_score_that_follows_the_truth_wins(follow: str):
+    found = study.judged(made_up(np.random.default_rng(0), follow), resamples=100)["50"]
+    table = found["scores"]
+    taus = {name: row["tau_within"] for name, row in table.items()}
+    assert max(taus, key=taus.__getitem__) == follow
+    assert taus[follow] > 0.9
+    assert table[follow]["tau_interval"][0] > 0.8
+    assert table[follow]["p_holm"] == pytest.approx(len(study.SCORES) / 101)
+    assert table[follow]["regret"] < 1 < found["random_pick"]
+    assert found["picked_by_labels"]["20"] < found["picked_by_labels"]["2"]
+    assert all(row["p_holm"] > 0.05 for name, row in table.items() if name in study.SCORES and name != follow)
+    assert "rho_across" not in table["pretext"]
+    assert "p_holm" not in table["random"]
+
+
+def test_pretrain_and_measure(digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    some = [r for r in study.runs() if r.name in ("rotation-000", "inpainting-111")]
+    for name, value in {"runs": lambda: iter(some), "SIZE": 16, "MINUTES": 0.01, "COUNTS": (2, 5), "DRAWS": 2,
+                        "PICK_DRAWS": 4}.items():  # fmt: skip
+        monkeypatch.setattr(study, name, value)
+    source = str(digits_folder)
+    args = argparse.Namespace(data=source, train=source, test=None, out=tmp_path)
+    study.pretrain(args)
+    test = tmp_path / "test"
+    for path in sorted(digits_folder.rglob("*.png"))[::4]:
+        link = test / path.relative_to(digits_folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.write_bytes(path.read_bytes())
+    args.test = str(test)
+    study.measure(args)
+    rows = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "measured").glob("*/row.json")}
+    assert set(rows) == {"rotation-000", "inpainting-111"}
+    for row in rows.values():
+        assert {k: len(v) for k, v in row["accuracy"].items()} == {"2": 2, "5": 2}
+        assert {k: len(v) for k, v in row["picked"].items()} == {"2": 4, "10": 4, "20": 4}
+        assert np.mean(row["picked"]["20"]) > 0.5  # four digits
+        assert row["images_seen"] > 0
+    assert "rotation_probe" not in rows["rotation-000"]["scores"]
+    assert set(rows["inpainting-111"]["scores"]) == set(study.SCORES)
