@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
+from unlabel.backbone import build_backbone, save_backbone
+
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "label_free_study.py"
 spec = importlib.util.spec_from_file_location("label_free_study", SCRIPT)
 assert spec is not None
@@ -93,13 +95,13 @@ def test_reliability_of_the_truth():
     assert noisy["rho_whole"] == pytest.approx(2 * noisy["rho"] / (1 + noisy["rho"]))
 
 
-def made_up(rng: np.random.Generator, follow: str) -> list[dict]:
-    """Rows in which one score follows the truth and the others do not."""
+def made_up(rng: np.random.Generator, follow: str, sign: int) -> list[dict]:
+    """Rows in which one score follows the truth, or its negative, and the others do not."""
     rows = []
     for run in study.runs():
         truth = rng.uniform(0.5, 0.9)
         scores = {name: float(rng.normal()) for name in study.SCORES}
-        scores[follow] = -truth if study.SCORES[follow] < 0 else truth
+        scores[follow] = sign * truth
         if run.task == "rotation":
             del scores["rotation_probe"]
         accuracy = {str(c): (truth + 0.01 * rng.normal(size=10)).tolist() for c in study.COUNTS}
@@ -109,9 +111,10 @@ def made_up(rng: np.random.Generator, follow: str) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("follow", ["rankme", "uniformity"])
-def test_the_score_that_follows_the_truth_wins(follow: str):
-    found = study.judged(made_up(np.random.default_rng(0), follow), resamples=100)["50"]
+@pytest.mark.parametrize(("follow", "sign"), [("rankme", 1), ("uniformity", -1), ("alignment", -1)])
+def test_the_score_that_follows_the_truth_wins(follow: str, sign: int):
+    """Lower alignment and uniformity are thought better, and more of the others."""
+    found = study.judged(made_up(np.random.default_rng(0), follow, sign), resamples=100)["50"]
     table = found["scores"]
     taus = {name: row["tau_within"] for name, row in table.items()}
     assert max(taus, key=taus.__getitem__) == follow
@@ -123,6 +126,38 @@ def test_the_score_that_follows_the_truth_wins(follow: str):
     assert all(row["p_holm"] > 0.05 for name, row in table.items() if name in study.SCORES and name != follow)
     assert "rho_across" not in table["pretext"]
     assert "p_holm" not in table["random"]
+
+
+def test_few_labels_are_judged_by_the_other_half(digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each label is judged once and by a fit that has not seen it; the draws are the same for every run."""
+    fits, drawn = [], []
+
+    class Recorded:
+        def __init__(self, **_: object) -> None: ...
+
+        def fit(self, x: np.ndarray, y: np.ndarray) -> Recorded:
+            fits.append({tuple(row) for row in x})
+            self.y = y
+            return self
+
+        def predict(self, x: np.ndarray) -> np.ndarray:
+            judged = {tuple(row) for row in x}
+            assert not judged & fits[-1]
+            drawn.append(judged)
+            return self.y
+
+    monkeypatch.setattr(study, "LogisticRegression", Recorded)
+    monkeypatch.setattr(study, "SIZE", 16)
+    monkeypatch.setattr(study, "PICK_DRAWS", 2)
+    save_backbone(build_backbone("small", 16), tmp_path)
+    found = study.few_labels(tmp_path, str(digits_folder))
+    assert {k: len(v) for k, v in found.items()} == {"2": 2, "10": 2, "20": 2}
+    for first, second, judged, also in zip(fits[::2], fits[1::2], drawn[::2], drawn[1::2], strict=True):
+        assert judged == second
+        assert also == first
+    again = list(fits)
+    study.few_labels(tmp_path, str(digits_folder))
+    assert fits[len(again) :] == again
 
 
 def test_pretrain_and_measure(digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -121,6 +121,16 @@ def test_the_teacher_is_the_fine_tuned_network(tmp_path: Path, short: pytest.Mon
     assert len(fits) == 3
 
 
+def test_test_images_change_nothing_that_is_learned(tmp_path: Path, short: pytest.MonkeyPatch):
+    found = []
+    for k in range(2):
+        table = a_table(tmp_path / str(k), ("self-training",))
+        other = dataclasses.replace(table.test, pixels=shades(40, seed=5 + k)[0])
+        ev.fill(dataclasses.replace(table, test=other), [ev.Arm("scratch", "scratch")], "scratch")
+        found.append((table.out / "classifier.safetensors").read_bytes())
+    assert found[0] == found[1]
+
+
 def test_what_it_costs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     arms = [ev.Arm("scratch", "scratch")]
     print_cost(a_table(tmp_path, ("self-training",)), arms)
