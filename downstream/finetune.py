@@ -46,13 +46,9 @@ class Preset:
     larger: bool = True  # train on views as large as the images that are classified, not as in pretraining
 
 
-# Pretrained: the head comes from the probe, so few steps are enough, and the lower a stage the less it has to move. Set
-# on cats and dogs (development photos; an hour of rotation, 864,544 images seen). 50 labels per class, four draws, by
-# peak and layer decay: 85.6 % at 2.5e-3 and 0.75, 86.0 % at 1e-3 and 0.65, 86.7 % at 1e-3 and 0.5, 86.1 % at 2e-3 and
-# 0.5, 87.0 % at 2e-3 and 0.35, 86.2 % at 1e-3 and 0.35, 86.9 % at 4e-3 and 0.2; at 1e-3 and 0.65 also 300 steps 85.8 %,
-# crops from 0.15 of the area 86.1 %, ten times the penalty on the probe 85.5 %. 250 per class, two draws: 90.1 % at
-# 1e-3 and 0.65, 90.5 % at 2e-3 and 0.35. 10 per class, four draws: 70.5 % at 1e-3 and 0.7, 73.1 % at
-# 2e-3 and 0.35. Backbones that have learned less may want to move more: hence the third of the many.
+# Set on development photos of cats and dogs: docs/recipes.md has what else was tried. Pretrained: the head comes from
+# the probe, so few steps are enough, and the lower a stage the less it has to move. Backbones that have learned less
+# may want to move more: hence the third of the many.
 _FEW = (Preset("top", 60, 5e-4, top_layers=1),)
 _SOME = (Preset("all", 100, 2e-3, layer_decay=0.35),)
 _MANY = (
@@ -61,11 +57,7 @@ _MANY = (
     Preset("free", 150, 2.5e-3, layer_decay=0.75),
 )
 # From scratch: as many presets, more steps; BatchNorm has to learn its statistics. Views are smaller than the images
-# that are classified, because random crops show objects larger. Other draws than above, by scripts/presets.py, peak
-# 1e-3. 250 per class, two draws: 1,000 steps 70.6 %, with the smaller views 71.6 %, with ten times the weight decay as
-# well 71.6 %, smaller views and 1,500 steps 72.4 %. 50 per class, four draws, larger views: 400 steps 62.3 %, 800 steps
-# 64.0 %. 10 per class, four draws: 120 steps 54.8 %, 400 steps of smaller views 55.0 %. The pretrained backbone loses
-# by smaller views: 50 per class, four draws, 85.0 % to 83.5 %.
+# that are classified, because random crops show objects larger; the pretrained backbone loses by that.
 _SCRATCH_FEW = (Preset("scratch", 120, 1e-3, batchnorm="train"),)
 _SCRATCH_MANY = (
     Preset("scratch-slow", 800, 5e-4, batchnorm="train", larger=False),
@@ -76,9 +68,7 @@ _SCRATCH_MANY = (
 
 # From 48 px on, labelled and new images are seen a quarter larger than in pretraining, at the size they are packed at:
 # random crops had shown objects larger than a whole image does (Touvron et al. 2019, https://arxiv.org/abs/1906.06423).
-# On development photos, another hour of rotation (413,824 images): 50 per class, three draws, 81.8 % to 82.6 %; 250,
-# one draw, 87.5 % to 89.1 %; a further fifth larger 82.4 % and 89.9 %, at half as much time again. Smaller images are
-# rarely any larger in their files, and digits at 16 px did not gain (seen on their test split: no part of any claim).
+# Smaller images are rarely any larger in their files.
 PACKED_FROM = 48
 
 

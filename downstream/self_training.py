@@ -21,12 +21,8 @@ from unlabel.pictures import to_uint8
 
 __all__ = ["SCRATCH_STUDENT", "STUDENT", "Joined", "balanced", "joined_names"]
 
-# Set on development photos of cats and dogs, an hour of rotation, 8,192 unlabelled photos. 10 labels per class, three
-# draws, fine-tuned 75.6 %: names as they are 81.0 %, squared (and layer decay 0.6) 81.5 %, the surer half of each class
-# with hard names 81.6 %, two rounds of 300 steps 81.0 %. The first two of these draws: 80.1 %, and 78.5 % with names
-# given anew at each step by averaged weights. 50 per class, two draws, fine-tuned 86.0 %: 86.5 %, layer decay 0.6
-# 85.8 %, the surer half 85.8 %, both 85.3 %; 1,500 steps, squared, layer decay 0.75 86.9 %. That of `scratch` was not
-# tuned: its own preset, on larger batches.
+# Set on development photos of cats and dogs: docs/recipes.md has what else was tried. That of `scratch` was not tuned:
+# its own preset, on larger batches.
 STUDENT = Preset("student", 400, 2e-3, layer_decay=0.35, batch_size=64)
 SCRATCH_STUDENT = Preset("scratch-student", 800, 1e-3, batchnorm="train", batch_size=64, larger=False)
 ROUNDS = 20  # of scaling the classes and normalising the images in turn
