@@ -10,7 +10,6 @@ import torch
 
 from downstream import finetune as ft
 from downstream import label_free as lf
-from downstream import self_training as st
 from downstream.evaluate import STATISTICS_IMAGES, TRAINED, Arm, Table
 from unlabel.backbone import build_backbone, channels_last
 from unlabel.precision import autocast, pick_precision
@@ -24,7 +23,7 @@ def print_cost(table: Table, arms: Sequence[Arm], label_free: bool = False) -> N
     ``label_free``: also those for the scores that need no labels.
     """
     known = f"; what is already in {table.out / 'cells'} is not done again" if (table.out / "cells").exists() else ""
-    plan, networks, fits, passes, work = list(table.plan()), 0, 0, 0, 0.0
+    plan, networks, fits, passes, work, named = list(table.plan()), 0, 0, 0, 0.0, 0
     smaller = (table.image_size / ft.view_size(table.image_size)) ** 2  # work of a view that is not larger
     for arm in arms:
         protocols = arm.protocols(table.protocols)
@@ -36,7 +35,8 @@ def print_cost(table: Table, arms: Sequence[Arm], label_free: bool = False) -> N
             n, presets = table.labels(count), table.presets(count, arm.kind == "scratch")
             runs = [(p, n) for p in ([*presets, presets[-1]] if len(presets) > 1 else presets)]
             if "self-training" in protocols:
-                runs.append((st.SCRATCH_STUDENT if arm.kind == "scratch" else st.STUDENT, n + len(table.unlabelled)))
+                runs.append((table.student(count, arm.kind == "scratch"), n + len(table.unlabelled)))
+                named += len(arm.seeds) * len(table.unlabelled)
             for p, images in runs:
                 seen = len(arm.seeds) * p.steps * min(p.batch_size, images)
                 passes += seen
@@ -51,7 +51,8 @@ def print_cost(table: Table, arms: Sequence[Arm], label_free: bool = False) -> N
         images = networks * lf.passes(len(table.pool), width)
         print(f"cost: label-free scores, {images:,} images, about {images * there / 60:.1f} minutes{known}")
     if passes:
-        print(f"cost: fine-tuning passes {passes:,} images, about {work * back / 60:.1f} minutes{known}")
+        minutes = (work * back + (1 + table.flip) * named * there / smaller) / 60  # named as seen and mirrored
+        print(f"cost: fine-tuning passes {passes:,} images, about {minutes:.1f} minutes{known}")
 
 
 def _measured(table: Table) -> tuple[float, float, int]:

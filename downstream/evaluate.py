@@ -119,14 +119,18 @@ class Table:
         largest = max((c for c in self.counts if c != "all"), default=0)
         return (largest // 4,) if largest >= 4 and largest // 4 not in self.counts else ()
 
+    def student(self, count: Count, scratch: bool) -> ft.Preset:
+        """How the second network of self-training is trained."""
+        return st.student_for(self.labels(count), scratch, self.top_layers)
+
     def labels(self, count: Count) -> int:
         """How many labelled images a fit sees, all classes together."""
         return len(self.pool) if count == "all" else count * len(self.classes)
 
     @property
     def product(self) -> str:
-        """The protocol whose classifier is kept."""
-        return "self-training" if "self-training" in self.protocols else "finetune"
+        """The protocol whose classifier is kept: fine-tuning, or self-training where that alone is asked for."""
+        return "self-training" if "finetune" not in self.protocols else "finetune"
 
     def presets(self, count: Count, scratch: bool) -> tuple[ft.Preset, ...]:
         """How a fit with this many labels per class is fine-tuned."""
@@ -299,19 +303,24 @@ class ArmFiller:
     def _head_stats(self) -> BlockStats:
         return block_stats(self._head_inputs(self.table.statistics_images))
 
-    def cell(self, protocol: str, count: Count, draw: int, stage: str | None, on_step: Any, keep: Path | None) -> Cell:
+    def _key(self, protocol: str, count: Count, draw: int, stage: str | None = None) -> list[Any]:
+        """What a cell is stored under: all that it depends on."""
         # The rows themselves: which they are depends on the largest count and the number of draws, too.
-        rows = self._draws.indices(draw, count)
-        labels = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+        labels = hashlib.sha256(self._draws.indices(draw, count).astype("<i8").tobytes()).hexdigest()
         key: list[Any] = [*self.identity, protocol, count, draw, stage, labels]
-        if self.arm.kind != "scratch" or protocol == "self-training":
+        scratch = self.arm.kind == "scratch"
+        if not scratch or protocol == "self-training":
             key += [self.table.unlabelled_id]
         if protocol in TRAINED:
-            presets = [repr(p) for p in self.table.presets(count, self.arm.kind == "scratch")]
-            presets += [repr(self._student)] if protocol == "self-training" else []
+            presets = [repr(p) for p in self.table.presets(count, scratch)]
+            presets += [repr(self.table.student(count, scratch))] if protocol == "self-training" else []
             key += [ft.view_size(self.table.image_size), self.table.top_layers, presets]
             key += [] if self._flip else ["no flip"]
             key += [] if self.table.augment else ["no augmentation"]
+        return key
+
+    def cell(self, protocol: str, count: Count, draw: int, stage: str | None, on_step: Any, keep: Path | None) -> Cell:
+        key, rows = self._key(protocol, count, draw, stage), self._draws.indices(draw, count)
         cell = self.store.get(key)
         wanted = keep is not None and stored_key(keep) != self.store.digest(key)
         if cell is None or wanted:
@@ -338,7 +347,7 @@ class ArmFiller:
             return model.predict(f.features, f.test_rows), about
         if protocol == "finetune":
             classifier, about = self._tuned(count, draw, rows, on_step)
-            if "self-training" in self.table.protocols:
+            if "self-training" in self.table.protocols and not self.store.get(self._key("self-training", count, draw)):
                 self._teachers[count, draw] = self._teacher(classifier, about)
         else:
             classifier, about = self._self_trained(count, draw, rows, on_step)
@@ -362,17 +371,13 @@ class ArmFiller:
         )  # fmt: skip
         return tuned.model, {"chosen": tuned.chosen, "on_grid_edge": tuned.on_grid_edge, "steps": tuned.steps}
 
-    @property
-    def _student(self) -> ft.Preset:
-        return st.SCRATCH_STUDENT if self.arm.kind == "scratch" else st.STUDENT
-
     def _teacher(self, classifier: ft.Classifier, about: dict[str, Any]) -> Teacher:
         return Teacher(ft.predict_logits(classifier, self.table.unlabelled), about)
 
     def _self_trained(
         self, count: Count, draw: int, rows: np.ndarray, on_step: Any
     ) -> tuple[ft.Classifier, dict[str, Any]]:
-        table, preset = self.table, self._student
+        table, preset = self.table, self.table.student(count, self.arm.kind == "scratch")
         teacher = self._teachers.pop((count, draw), None) or self._teacher(*self._tuned(count, draw, rows, on_step))
         images = st.Joined(Rows(table.pool.pixels, rows), table.unlabelled)
         student = ft.train(
@@ -392,8 +397,8 @@ def fill(table: Table, arms: Sequence[Arm], keep_classifier: str | None) -> tupl
 
     Returns rows (without accuracy: nothing here has read a test label) and predictions, keyed
     (arm, protocol, count, stage or None): (seeds, draws, T) int64; linear probes of backbones also for
-    ``table.parts``. ``keep_classifier`` names the arm whose
-    fine-tuned classifier of the largest label count and draw 0 is saved into ``table.out``.
+    ``table.parts``. ``keep_classifier`` names the arm whose classifier of the largest label count and draw 0, by
+    ``table.product``, is saved into ``table.out``.
     """
     store, rows, predictions = Store(table), [], {}
     largest: Count = "all" if "all" in table.counts else max(table.counts)

@@ -91,8 +91,8 @@ class Growth:
 
 
 # Tuned where there are three presets; the fixed ones below 25 labels per class grow with many classes only.
-_GROWTH = Growth(passes=26, steps=500, at_least=8)
-_SCRATCH_GROWTH = Growth(passes=96, steps=1500, at_least=16)
+GROWTH = Growth(passes=26, steps=500, at_least=8)
+SCRATCH_GROWTH = Growth(passes=96, steps=1500, at_least=16)
 
 
 def presets_for(per_class: int, scratch: bool, top_layers: int | None = None, labels: int = 0) -> tuple[Preset, ...]:
@@ -106,7 +106,7 @@ def presets_for(per_class: int, scratch: bool, top_layers: int | None = None, la
         presets = _MANY if per_class >= choosing.MANY else _SOME if per_class >= choosing.FEW else _FEW
         if top_layers is not None:
             presets = tuple(replace(p, top_layers=top_layers) for p in presets)
-    growth = _SCRATCH_GROWTH if scratch else _GROWTH
+    growth = SCRATCH_GROWTH if scratch else GROWTH
     if per_class < choosing.MANY:
         growth = replace(growth, steps=0)
     return tuple(replace(p, steps=max(p.steps, growth.steps_for(labels, p.batch_size))) for p in presets)

@@ -3,29 +3,40 @@
 The first network names whole images, the second learns from augmented ones (pseudo-labels, Lee 2013; Xie et al. 2020,
 https://arxiv.org/abs/1911.04252). Names are probabilities, and they are balanced: a network that knows few labels
 prefers some classes, so that each class is given the share of the unlabelled images that it has of the labelled ones.
-The second network begins where the first did, and nothing about it is chosen. No label of an unlabelled image, and no
-test image, takes part.
+Draws have as many labels of each class, so this takes the classes to be equally common among the unlabelled images,
+too: where they are far from it, self-training is not for them. The second network begins where the first did, and
+nothing about it is chosen. No label of an unlabelled image, and no test image, takes part.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from downstream.finetune import Preset
+from downstream.finetune import GROWTH, SCRATCH_GROWTH, Preset
 from unlabel.augment import clean
 from unlabel.cache import Pixels
 from unlabel.pictures import to_uint8
 
-__all__ = ["SCRATCH_STUDENT", "STUDENT", "Joined", "balanced", "joined_names"]
+__all__ = ["SCRATCH_STUDENT", "STUDENT", "Joined", "balanced", "joined_names", "student_for"]
 
-# Set on development photos of cats and dogs: docs/recipes.md has what else was tried. That of `scratch` was not tuned:
-# its own preset, on larger batches.
+# Set on development photos of cats and dogs with 10 and 50 labels per class: docs/recipes.md has what else was tried.
+# That of `scratch` was not tuned: its own preset, on larger batches.
 STUDENT = Preset("student", 400, 2e-3, layer_decay=0.35, batch_size=64)
 SCRATCH_STUDENT = Preset("scratch-student", 800, 1e-3, batchnorm="train", batch_size=64, larger=False)
 ROUNDS = 20  # of scaling the classes and normalising the images in turn
+
+
+def student_for(labels: int, scratch: bool, top_layers: int | None = None) -> Preset:
+    """How the second network is trained; with many ``labels`` (all classes together) for as many of their passes as
+    fine-tuning is, at least, counted in images seen."""
+    preset, growth = (SCRATCH_STUDENT, SCRATCH_GROWTH) if scratch else (STUDENT, GROWTH)
+    steps = max(preset.steps, math.ceil(growth.at_least * labels / preset.batch_size))
+    return replace(preset, steps=steps, top_layers=None if scratch else top_layers)
 
 
 def balanced(log_p: np.ndarray, share: np.ndarray) -> np.ndarray:

@@ -61,11 +61,28 @@ def summarise(
                 "primary": (arm, versus, protocol, count) in primary, "n_draws": e.n_draws, "n_seeds": e.n_seeds,
                 "unit": e.unit, "note": e.note,
             })  # fmt: skip
+    paired += _over_finetuning(table, arms, correct)
     saved = list(_efficiency(table, tasks, correct)) if "scratch" in present else []
     return {
         "schema": 1, "rows": rows, "summary": summary, "stages": stages, "paired": paired, "label_efficiency": saved,
         "forecast": list(_forecasts(table, tasks, correct)),
     }  # fmt: skip
+
+
+def _over_finetuning(table: ev.Table, arms: Sequence[ev.Arm], correct: ev.Predictions) -> Iterator[dict[str, Any]]:
+    """What self-training adds to the fine-tuning of the same arm, which ``versus_protocol`` names."""
+    for arm in arms:
+        for count in table.counts:
+            pair = [correct.get((arm.name, protocol, count, None)) for protocol in ("self-training", "finetune")]
+            if pair[0] is None or pair[1] is None:
+                continue
+            e = stats.paired(*stats.alike(pair[0], pair[1]), table.test.clusters)
+            yield {
+                "arm": arm.name, "versus": arm.name, "protocol": "self-training", "versus_protocol": "finetune",
+                "labels_per_class": count, "difference": e.mean, "ci_low": e.ci_low, "ci_high": e.ci_high,
+                "verdict": stats.verdict(e.ci_low, e.ci_high), "primary": False, "n_draws": e.n_draws,
+                "n_seeds": e.n_seeds, "unit": e.unit, "note": e.note,
+            }  # fmt: skip
 
 
 def _efficiency(table: ev.Table, tasks: Sequence[ev.Arm], correct: ev.Predictions) -> Iterator[dict[str, Any]]:

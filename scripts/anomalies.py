@@ -85,6 +85,14 @@ def one_class(args: argparse.Namespace, out: Path, name: str, train: Path, test:
     return found
 
 
+def same_sources(stored: Path, sources: str) -> None:
+    """What one data set gave must not stand for another's."""
+    if stored.exists() and stored.read_text() != sources:
+        raise SystemExit(f"{stored.parent} holds the results of other images: choose another --name or --out")
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    stored.write_text(sources)
+
+
 def interval(values: np.ndarray) -> list[float] | None:
     """95 % t interval of the mean."""
     if len(values) < 2:
@@ -101,12 +109,14 @@ def main() -> None:
     parser.add_argument("--task", default="rotation")
     parser.add_argument("--minutes", type=float, default=2.5)
     parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--name", help="of the data, in the name of the result")
+    parser.add_argument("--name", help="of the data, in the name of the result; a named set's is its own")
     parser.add_argument("--out", type=Path, default=Path("runs/anomalies"))
     args, args.flags = parser.parse_known_args()
-    name = args.name or Path(args.train).name.replace(":", "-")
-    out = args.out / name
-    spec = args.test or own_test_split(args.train)
+    if not args.name and ("/" in args.train or Path(args.train).exists()):
+        parser.error("--name is needed where the images are a file or folder")
+    name = args.name or args.train.replace(":", "-")
+    out, spec = args.out / name, args.test or own_test_split(args.train)
+    same_sources(out / "sources.txt", f"{args.elpv or args.train}\n{spec}\n")
     if args.elpv:
         train, test = solar_cells(args.elpv, args.train.removeprefix("elpv-"), out)
     elif spec is None:

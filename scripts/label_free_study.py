@@ -13,7 +13,6 @@ asked of the development photos, and no test photo is read.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import shlex
 from collections.abc import Iterator
@@ -45,11 +44,15 @@ TASKS = {
 }
 RATES = ("--lr 5e-4", "--lr 2e-3")
 CROPS = ("--crop 0.2 1", "--crop 0.8 1")
+# Way, learning rate, crop: each setting is followed by its opposite.
+SETTINGS = [(0, 0, 0), (1, 1, 1), (0, 1, 1), (1, 0, 0), (1, 0, 1), (0, 1, 0), (1, 1, 0), (0, 0, 1)]
 # Which way each score is thought to be better. The probes are not asked of runs that were trained for them.
 SCORES = {
     "effective_rank": 1, "rankme": 1, "alpha_req": 0, "lidar": 1, "alignment": -1, "uniformity": -1,
     "rotation_probe": 1, "jigsaw_probe": 1, "pretext": 1,
 }  # fmt: skip
+WITHIN_WAYS = ("pretext", "final_loss")  # numbers of another kind where the task is set another way
+RANDOM_BESIDE = "rotation-000"  # random weights are measured with this run
 NULLS = ("images_seen", "final_loss", "random")
 COUNTS = (10, 50)  # labels per class of the truth; the last is the primary one
 DRAWS = 50
@@ -67,8 +70,7 @@ class Run:
 
 def runs() -> Iterator[Run]:
     """All 48, in an order in which any first part of them is as balanced as can be."""
-    settings = list(itertools.product((0, 1), repeat=3))
-    for k, bits in enumerate(settings):
+    for k, bits in enumerate(SETTINGS):
         for t, (task, ways) in enumerate(TASKS.items()):
             flags = (ways[bits[0]], RATES[bits[1]], CROPS[bits[2]])
             yield Run(f"{task}-{''.join(map(str, bits))}", task, flags, 8 * t + k)
@@ -92,30 +94,42 @@ def measure(args: argparse.Namespace) -> None:
             continue
         words = ["evaluate", str(folder), "--train", args.train, "--test", args.test, "--out", str(out)]
         words += ["--protocol", "linear", "--draws", str(DRAWS), "--labels-per-class", *map(str, COUNTS)]
-        words += ["--label-free", "--no-controls"]
+        words += ["--label-free", *([] if run.name == RANDOM_BESIDE else ["--no-controls"])]
         print(f"\n$ unlabel {shlex.join(words)}", flush=True)
         if code := command_line(words):
             raise SystemExit(code)
-        write_atomic(out / "row.json", json.dumps(row_of(run, folder, out, args.train), indent=1).encode())
+        row = row_of(run, folder, json.loads((out / "results.json").read_text()))
+        row |= {"picked": few_labels(folder, args.train), "commit": commit()}
+        write_atomic(out / "row.json", json.dumps(row, indent=1).encode())
 
 
-def row_of(run: Run, folder: Path, out: Path, train: str) -> dict[str, Any]:
-    results = json.loads((out / "results.json").read_text())
-    found = {r["score"]: r for r in reversed(results["label_free"])}  # of a task's own metrics the first
+def scores_of(results: dict[str, Any], arm: str) -> dict[str, float]:
+    """An arm's label-free scores, α-ReQ as minus its distance to 1, a task's first metric as its gain over trivial."""
+    rows = [r for r in results["label_free"] if r["arm"] == arm]
+    found = {r["score"]: r for r in reversed(rows)}
     values = {name: found[name]["value"] for name in SCORES if name in found and found[name]["value"] is not None}
     if "alpha_req" in values:
         values["alpha_req"] = -abs(values["alpha_req"] - 1)
     if own := found.get("pretext"):
-        gain = (own["value"] - own["trivial"]) * (-1 if own["better"] == "min" else 1)
-        values["pretext"] = gain / max(abs(own["trivial"]), 1e-12)
+        values["pretext"] = (own["value"] - own["trivial"]) * (-1 if own["better"] == "min" else 1)
+    return values
+
+
+def accuracies(results: dict[str, Any], arm: str) -> dict[str, list[float]]:
+    """Labels per class to the linear probe's accuracy in each draw."""
+    rows = [r for r in results["rows"] if (r["arm"], r["protocol"]) == (arm, "linear")]
+    return {str(count): [r["accuracy"] for r in rows if r["labels_per_class"] == count] for count in COUNTS}
+
+
+def row_of(run: Run, folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a run; with one of them, also of random weights."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    accuracy = {
-        str(count): [r["accuracy"] for r in results["rows"] if r["labels_per_class"] == count] for count in COUNTS
-    }
+    random = {"scores": scores_of(results, "random"), "accuracy": accuracies(results, "random")}
     return {
-        "name": run.name, "task": run.task, "flags": list(run.flags), "scores": values, "accuracy": accuracy,
-        "images_seen": (RunFolder(folder).read() or {})["finished"]["images_seen"],
-        "final_loss": lines[-1]["loss"], "picked": few_labels(folder, train), "commit": commit(),
+        "name": run.name, "task": run.task, "way": run.flags[0], "flags": list(run.flags),
+        "scores": scores_of(results, run.task), "accuracy": accuracies(results, run.task),
+        "images_seen": (RunFolder(folder).read() or {})["finished"]["images_seen"], "final_loss": lines[-1]["loss"],
+        **({"random": random} if random["scores"] else {}),
     }  # fmt: skip
 
 
@@ -155,12 +169,14 @@ def within(score: np.ndarray, truth: np.ndarray, tasks: np.ndarray) -> float:
         own = (tasks == task) & np.isfinite(score)
         if own.sum() > 2 and len(set(score[own])) > 1:
             each.append(kendalltau(score[own], truth[own])[0])
-    return float(np.mean(each))
+    return float(np.mean(each)) if each else float("nan")
 
 
 def across(score: np.ndarray, truth: np.ndarray) -> float:
     """Spearman's rho over all runs that have the score."""
     has = np.isfinite(score)
+    if len(set(score[has])) < 2:
+        return float("nan")
     found: Any = spearmanr(score[has], truth[has])
     return float(found.statistic)
 
@@ -178,6 +194,8 @@ def partial_rho(score: np.ndarray, truth: np.ndarray, given: np.ndarray) -> floa
 def permutation_p(score: np.ndarray, truth: np.ndarray, tasks: np.ndarray, resamples: int, seed: int = 0) -> float:
     """Two-sided, of ``within``: the truth is shuffled among the runs of each task."""
     rng, seen = np.random.default_rng(seed), abs(within(score, truth, tasks))
+    if not np.isfinite(seen):
+        return 1.0
     groups = [np.flatnonzero((tasks == t) & np.isfinite(score)) for t in np.unique(tasks)]
     beyond = 0
     for _ in range(resamples):
@@ -205,7 +223,10 @@ def regret(score: np.ndarray, truth: np.ndarray) -> float:
 
 
 def reliability(draws: np.ndarray, tasks: np.ndarray) -> dict[str, float]:
-    """Of the truth (runs, draws): how its two halves agree, and what that makes of the whole (Spearman & Brown)."""
+    """Of the truth (runs, draws): how its two halves agree, and what that makes of the whole (Spearman & Brown).
+
+    Both are judged on the same photos, so that this is an upper bound.
+    """
     a, b = draws[:, ::2].mean(1), draws[:, 1::2].mean(1)
     rho = across(a, b)
     return {"tau_within": within(a, b, tasks), "rho": rho, "rho_whole": 2 * rho / (1 + rho)}
@@ -220,12 +241,14 @@ def resampled(tasks: np.ndarray, resamples: int, seed: int = 0) -> Iterator[np.n
 
 
 def interval(values: list[float]) -> list[float]:
-    return [float(v) for v in np.nanpercentile(values, [2.5, 97.5])]
+    known = np.array(values)[np.isfinite(values)]
+    return [float(v) for v in np.percentile(known, [2.5, 97.5])] if len(known) else [float("nan")] * 2
 
 
 def judged(rows: list[dict[str, Any]], resamples: int = RESAMPLES) -> dict[str, Any]:
     """All that the plan names, for the truth with each number of labels."""
     tasks = np.array([r["task"] for r in rows])
+    ways = np.array([f"{r['task']} {r['way']}" for r in rows])
     seen = np.array([r["images_seen"] for r in rows], float)
     scores = {
         name: np.array([r["scores"].get(name, np.nan) for r in rows]) * (sign or 1) for name, sign in SCORES.items()
@@ -241,27 +264,30 @@ def judged(rows: list[dict[str, Any]], resamples: int = RESAMPLES) -> dict[str, 
         truth = draws.mean(1)
         table: dict[str, Any] = {}
         for name, score in {**scores, **nulls}.items():
-            again = list(resampled(tasks, min(resamples, 2000)))
+            groups = ways if name in WITHIN_WAYS else tasks
+            again = list(resampled(groups, min(resamples, 2000)))
             row: dict[str, Any] = {
-                "tau_within": within(score, truth, tasks),
-                "tau_interval": interval([within(score[k], truth[k], tasks[k]) for k in again]),
-                "p": permutation_p(score, truth, tasks, resamples),
+                "tau_within": within(score, truth, groups),
+                "tau_interval": interval([within(score[k], truth[k], groups[k]) for k in again]),
+                "p": permutation_p(score, truth, groups, resamples),
             }
-            if name != "pretext" and name != "final_loss":  # metrics and losses of different tasks are not comparable
+            if name not in WITHIN_WAYS:
                 row["rho_across"] = across(score, truth)
                 row["rho_interval"] = interval([across(score[k], truth[k]) for k in again])
                 row["regret"] = 100 * regret(score, truth)
                 if name not in NULLS:
                     row["rho_given_images_seen"] = partial_rho(score, truth, seen)
             row["regret_within"] = 100 * float(
-                np.mean([regret(score[tasks == t], truth[tasks == t]) for t in np.unique(tasks[np.isfinite(score)])])
+                np.mean([regret(score[groups == g], truth[groups == g]) for g in np.unique(groups[np.isfinite(score)])])
             )
             table[name] = row
         for name, p in holm({n: table[n]["p"] for n in SCORES}).items():
             table[name]["p_holm"] = p
+        sure = {n: table[n]["tau_within"] for n in SCORES if table[n]["p_holm"] < 0.05 and table[n]["tau_within"] > 0}
         picks = {m: np.array([r["picked"][str(m)] for r in rows]) for m in PICKS}
         found[str(count)] = {
             "scores": table,
+            "winner": max(sure, key=sure.__getitem__) if sure else None,
             "reliability": reliability(draws, tasks),
             "random_pick": 100 * float(truth.max() - truth.mean()),
             "picked_by_labels": {
@@ -285,11 +311,16 @@ def judge(args: argparse.Namespace) -> None:
     for count, part in found.items():
         print(f"\ntruth: linear probe, {count} labels per class; split halves {part['reliability']}")
         print(f"regret of a random pick {part['random_pick']:.1f}, by labels {part['picked_by_labels']}")
+        print(f"winner: {part['winner']}")
+        for other in (r["random"] for r in rows if "random" in r):
+            own = {name: round(value, 3) for name, value in other["scores"].items()}
+            print(f"random weights: {100 * np.mean(other['accuracy'][count]):.1f} %, {own}")
         for name, r in part["scores"].items():
             low, high = r["tau_interval"]
             rho = f"{r['rho_across']:+.2f}" if "rho_across" in r else "     "
             lost = f"{r['regret']:.1f}" if "regret" in r else "   "
-            print(f"{name:<16} tau {r['tau_within']:+.2f} [{low:+.2f}, {high:+.2f}]  rho {rho}  regret {lost}")
+            p = f"{r['p_holm']:.4f}" if "p_holm" in r else f"({r['p']:.4f})"
+            print(f"{name:<16} tau {r['tau_within']:+.2f} [{low:+.2f}, {high:+.2f}]  p {p}  rho {rho}  regret {lost}")
 
 
 def main() -> None:

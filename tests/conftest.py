@@ -39,7 +39,7 @@ def short_presets():
     patch = pytest.MonkeyPatch()
     for name in ("_FEW", "_SOME", "_MANY", "_SCRATCH_FEW", "_SCRATCH_MANY"):
         patch.setattr(ft, name, tuple(dataclasses.replace(p, steps=4, batch_size=16) for p in getattr(ft, name)))
-    for name in ("_GROWTH", "_SCRATCH_GROWTH"):
+    for name in ("GROWTH", "SCRATCH_GROWTH"):
         patch.setattr(ft, name, ft.Growth(passes=0, steps=0, at_least=0))
     yield patch
     patch.undo()

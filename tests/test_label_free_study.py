@@ -29,8 +29,11 @@ TASKS = np.repeat(list("abcdef"), 8)
 def test_the_plan_is_48_runs_and_each_part_of_them_is_balanced():
     runs = list(study.runs())
     assert len({r.name for r in runs}) == len({(r.task, r.flags) for r in runs}) == len({r.seed for r in runs}) == 48
-    for part in (runs, runs[:12], runs[:24]):
-        assert set(Counter(r.task for r in part).values()) == {len(part) // 6}
+    for part in (runs, runs[:12], runs[:24]):  # it may be stopped early
+        for task in study.TASKS:
+            own = [r for r in part if r.task == task]
+            assert len(own) == len(part) // 6
+            assert set(Counter(f for r in own for f in r.flags).values()) == {len(own) // 2}
     for task in study.TASKS:
         flags = Counter(f for r in runs if r.task == task for f in r.flags)
         assert len(flags) == 6
@@ -106,7 +109,8 @@ def made_up(rng: np.random.Generator, follow: str, sign: int) -> list[dict]:
             del scores["rotation_probe"]
         accuracy = {str(c): (truth + 0.01 * rng.normal(size=10)).tolist() for c in study.COUNTS}
         picked = {str(m): (truth + rng.normal(size=20) / m).tolist() for m in study.PICKS}
-        rows.append({"name": run.name, "task": run.task, "scores": scores, "accuracy": accuracy, "picked": picked,
+        rows.append({"name": run.name, "task": run.task, "way": run.flags[0], "scores": scores,
+                     "accuracy": accuracy, "picked": picked,
                      "images_seen": int(rng.integers(1000, 2000)), "final_loss": float(rng.normal())})  # fmt: skip
     return rows
 
@@ -114,18 +118,65 @@ def made_up(rng: np.random.Generator, follow: str, sign: int) -> list[dict]:
 @pytest.mark.parametrize(("follow", "sign"), [("rankme", 1), ("uniformity", -1), ("alignment", -1)])
 def test_the_score_that_follows_the_truth_wins(follow: str, sign: int):
     """Lower alignment and uniformity are thought better, and more of the others."""
-    found = study.judged(made_up(np.random.default_rng(0), follow, sign), resamples=100)["50"]
+    found = study.judged(made_up(np.random.default_rng(0), follow, sign), resamples=200)["50"]
     table = found["scores"]
     taus = {name: row["tau_within"] for name, row in table.items()}
     assert max(taus, key=taus.__getitem__) == follow
     assert taus[follow] > 0.9
     assert table[follow]["tau_interval"][0] > 0.8
-    assert table[follow]["p_holm"] == pytest.approx(len(study.SCORES) / 101)
+    assert table[follow]["p_holm"] == pytest.approx(len(study.SCORES) / 201)
     assert table[follow]["regret"] < 1 < found["random_pick"]
     assert found["picked_by_labels"]["20"] < found["picked_by_labels"]["2"]
     assert all(row["p_holm"] > 0.05 for name, row in table.items() if name in study.SCORES and name != follow)
+    assert found["winner"] == follow
     assert "rho_across" not in table["pretext"]
     assert "p_holm" not in table["random"]
+
+
+def test_no_winner_without_a_relation_or_with_the_wrong_sign():
+    wrong = study.judged(made_up(np.random.default_rng(0), "rankme", -1), resamples=200)["50"]
+    assert wrong["scores"]["rankme"]["p_holm"] < 0.05
+    assert wrong["winner"] is None
+    rows = made_up(np.random.default_rng(0), "rankme", 1)
+    for row in rows:
+        row["scores"]["rankme"] = 1.0  # says the same of every run
+    same = study.judged(rows, resamples=50)["50"]
+    assert same["scores"]["rankme"]["p"] == 1.0
+    assert same["winner"] is None
+
+
+def test_the_pretext_metric_is_compared_with_runs_that_are_set_alike():
+    """It follows the truth among those, and not between one way of setting a task and the other."""
+    rows = made_up(np.random.default_rng(0), "rankme", 1)
+    for row, run in zip(rows, study.runs(), strict=True):
+        row["scores"]["pretext"] = np.mean(row["accuracy"]["50"]) * (1 if run.name.split("-")[1][0] == "0" else 100)
+    assert study.judged(rows, resamples=20)["50"]["scores"]["pretext"]["tau_within"] == pytest.approx(1)
+
+
+def test_a_row_turns_every_score_the_way_that_is_thought_better(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 2.0}\n{"loss": 1.5}\n')
+    done = {"images_seen": 7, "steps": 1, "seconds": 1, "backbone_sha256": ""}
+    about = {"settings": {}, "resolved": {}, "fingerprint": "", "finished": done}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    run = next(r for r in study.runs() if r.task == "denoising")
+
+    def score(name: str, value: float | None, **more: object) -> dict:
+        return {"arm": "denoising", "score": name, "value": value, **more}
+
+    scores = [score("alpha_req", 0.7), score("rankme", 3.0), score("lidar", None)]
+    scores += [score("pretext", 0.2, trivial=0.5, better="min"), score("pretext", 9.0, trivial=1.0, better="max")]
+    random = [{**score("alpha_req", 1.2), "arm": "random"}, {**score("rankme", 8.0), "arm": "random"}]
+    accuracy = [{"arm": a, "protocol": p, "labels_per_class": c, "accuracy": v} for a, p, c, v in (
+        ("denoising", "linear", 10, 0.6), ("denoising", "linear", 50, 0.7), ("denoising", "knn", 50, 0.1),
+        ("random", "linear", 10, 0.5), ("denoising", "linear", 10, 0.62))]  # fmt: skip
+    row = study.row_of(run, tmp_path, {"label_free": scores + random, "rows": accuracy})
+    assert row["scores"] == pytest.approx({"alpha_req": -0.3, "rankme": 3.0, "pretext": 0.3})
+    assert row["accuracy"] == {"10": [0.6, 0.62], "50": [0.7]}
+    assert row["random"]["scores"] == pytest.approx({"alpha_req": -0.2, "rankme": 8.0})
+    assert row["random"]["accuracy"] == {"10": [0.5], "50": []}
+    assert (row["images_seen"], row["final_loss"]) == (7, 1.5)
+    alone = study.row_of(run, tmp_path, {"label_free": scores, "rows": accuracy})
+    assert "random" not in alone
 
 
 def test_few_labels_are_judged_by_the_other_half(digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -183,4 +234,6 @@ def test_pretrain_and_measure(digits_folder: Path, tmp_path: Path, monkeypatch: 
         assert np.mean(row["picked"]["20"]) > 0.5  # four digits
         assert row["images_seen"] > 0
     assert "rotation_probe" not in rows["rotation-000"]["scores"]
+    assert "rotation_probe" in rows["rotation-000"]["random"]["scores"]
+    assert "random" not in rows["inpainting-111"]
     assert set(rows["inpainting-111"]["scores"]) == set(study.SCORES)

@@ -99,7 +99,7 @@ def test_the_student_learns_the_names_that_it_is_given(tmp_path: Path, short: py
 
 
 def test_the_teacher_is_the_fine_tuned_network(tmp_path: Path, short: pytest.MonkeyPatch):
-    """Fitted once for both protocols; alone, the same student comes of it. The student is the classifier to keep."""
+    """Fitted once for both protocols; alone, the same student comes of it, and is the classifier to keep."""
     fits = []
     real = ft.finetune
     short.setattr(ft, "finetune", lambda *a, **k: (fits.append(1), real(*a, **k))[1])
@@ -110,7 +110,7 @@ def test_the_teacher_is_the_fine_tuned_network(tmp_path: Path, short: pytest.Mon
         found.append(predictions["scratch", "self-training", 1, None])
         model, _ = load_classifier(table.out)
         kept = ft.predict_logits(model, table.test.pixels).argmax(1)
-        assert np.array_equal(kept, found[-1][0, 0])
+        assert np.array_equal(kept, predictions["scratch", protocols[0], 1, None][0, 0])
     assert len(fits) == 2
     assert np.array_equal(*found)
     # Stored: nothing is fitted again, and other unlabelled images are another cell, for scratch too.
@@ -138,9 +138,14 @@ def test_what_it_costs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"fine-tuning passes {passes:,} images" in capsys.readouterr().out
 
 
-def test_scratch_gets_no_fewer_steps():
-    assert st.SCRATCH_STUDENT.steps >= st.STUDENT.steps
-    assert st.SCRATCH_STUDENT.batch_size == st.STUDENT.batch_size
+def test_more_labels_more_steps_and_scratch_no_fewer():
+    assert st.student_for(500, False) == st.STUDENT
+    assert st.student_for(500, True) == st.SCRATCH_STUDENT
+    for labels in (20, 3_000, 20_000):
+        tuned, scratch = st.student_for(labels, False), st.student_for(labels, True)
+        assert scratch.steps * scratch.batch_size >= tuned.steps * tuned.batch_size >= 8 * labels
+    assert st.student_for(100, False, top_layers=1).top_layers == 1
+    assert st.student_for(100, True, top_layers=1).top_layers is None
 
 
 def test_soft_labels_are_the_same_as_hard_ones():
@@ -165,13 +170,18 @@ def test_the_command(digits_folder: Path, tmp_path: Path, short: pytest.MonkeyPa
     cells = {(r["arm"], r["protocol"]) for r in results["rows"]}
     assert cells == {(a, p) for a in ("rotation", "scratch") for p in ("finetune", "self-training")}
     assert len(results["rows"]) == 8
-    paired = {(r["arm"], r["versus"], r["protocol"]): r["primary"] for r in results["paired"]}
-    assert paired == {
-        ("rotation", "scratch", "finetune"): True,
-        ("rotation", "scratch", "self-training"): False,
+    paired = {(r["arm"], r["versus"], r["protocol"], r.get("versus_protocol")): r for r in results["paired"]}
+    assert {key: r["primary"] for key, r in paired.items()} == {
+        ("rotation", "scratch", "finetune", None): True,
+        ("rotation", "scratch", "self-training", None): False,
+        ("rotation", "rotation", "self-training", "finetune"): False,
+        ("scratch", "scratch", "self-training", "finetune"): False,
     }
+    means = {(r["arm"], r["protocol"]): r["mean"] for r in results["summary"]}
+    gain = paired["rotation", "rotation", "self-training", "finetune"]["difference"]
+    assert gain == pytest.approx(means["rotation", "self-training"] - means["rotation", "finetune"])
     page = (run / "evaluation" / "report.html").read_text()
-    assert page.count("self-training") > 2
+    assert "self-training, against fine-tuning of the same arm (exploratory)" in page
     assert main([*command, "self-training", "--out", str(tmp_path / "alone")]) == 0
     alone = json.loads((tmp_path / "alone" / "results.json").read_text())
     assert [r["primary"] for r in alone["paired"]] == [True]

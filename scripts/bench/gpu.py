@@ -4,8 +4,8 @@
     python scripts/bench/gpu.py --device cpu --network small --size 64 --batch 32 --images 128    # does it run?
 
 For rotation and inpainting, in turns in each of five rounds: a later epoch of the command; *limit*, the same module's
-steps on a batch that is in memory; *timm*, what timm's own training benchmark runs for that network on that card
-(benchmark.py, --bench train: one random batch, a thousand classes, SGD), with as many views in a batch. Precision
+steps on a batch that is in memory; *timm*, a loop like timm's own training benchmark (benchmark.py, --bench train: one
+random batch, a thousand classes, SGD) for that network on that card, with as many views in a batch. Precision
 and layout are the same for all: bf16 where the card has it, channels-last. Photos are cut from scikit-learn's two.
 """
 
@@ -51,9 +51,10 @@ def timm_steps(setting: Setting, views: int) -> Callable[[Any], None]:
 
     def step(_: Any) -> None:
         sgd.zero_grad()
-        with autocast(device, precision):
-            logits = model(images)
-        F.cross_entropy(logits.float(), labels).backward()
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # as timm's script sets it
+            with autocast(device, precision):
+                logits = model(images)
+            F.cross_entropy(logits.float(), labels).backward()
         sgd.step()
 
     return step

@@ -151,7 +151,8 @@ class FewLabels:
     labels: Path | None = None
     """CSV of name,label for images that are not in class folders."""
     protocol: tuple[Protocol, ...] = ("linear", "knn", "finetune")
-    """What to measure. `self-training`: fine-tuning, then again with the unlabelled images as it names them."""
+    """What to measure. `self-training`: fine-tuning, then again with the unlabelled images as it names them (the
+    classes taken to be equally common)."""
     labels_per_class: tuple[str, ...] | None = None
     """Label counts; `all` takes every label (default: of 1 10 50 those that there are)."""
     draws: int = 10

@@ -34,7 +34,7 @@ _ABOUT_PROTOCOLS = {
     "self-training": "What the fine-tuned network says of the unlabelled images trains a second one, with the labels.",
 }
 _ABOUT_CONTROLS = {
-    "scratch": "The network from random weights, trained on the labels alone, for at least as many steps.",
+    "scratch": "The network from random weights, without pretraining, trained as the others are, for no fewer steps.",
     "random": "The same network with random weights, frozen: what it is worth before it learned anything.",
     "patches": "k-means on small whitened patches: a shallow method that a deep one must beat.",
     "pixels": "Principal components of the raw pixels: how far one gets without a network.",

@@ -120,8 +120,8 @@ def differences(results: dict[str, Any]) -> str:
         groups.append((f"primary comparison: {about}", [row]))
     for protocol in protocols_of(paired):
         others = [row for row in paired if row.get("protocol") == protocol and row not in named]
-        for versus in unique(row.get("versus") for row in others):
-            rows = [row for row in others if row.get("versus") == versus]
+        for versus in unique(_against(row) for row in others):
+            rows = [row for row in others if _against(row) == versus]
             groups.append((f"{protocol_name(protocol)}, against {versus} (exploratory)", rows))
     body = ""
     for name, rows in groups:
@@ -143,6 +143,12 @@ def differences(results: dict[str, Any]) -> str:
         f"<h2>Differences</h2>\n<p>Each is taken on the same labels and the same test images. {about}</p>\n"
         + scroll(table)
     )
+
+
+def _against(row: Row) -> str:
+    """Another arm under the same protocol, or the same arm under another one."""
+    other = row.get("versus_protocol")
+    return f"{protocol_name(other)} of the same arm" if other else str(row.get("versus"))
 
 
 def stages(results: dict[str, Any]) -> str:
