@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import rankdata
+from scipy.stats import kendalltau, rankdata
 
 from unlabel.backbone import build_backbone, save_backbone
 
@@ -55,6 +55,13 @@ def test_within_tasks_looks_at_no_difference_between_tasks():
     # Kendall's tau-b by hand, two pairs against one: b after a, c before b.
     three = np.array(["x"] * 3)
     assert study.within(np.array([1.0, 2, 3]), np.array([1.0, 3, 2]), three) == pytest.approx(1 / 3)
+
+
+def test_tau_is_scipys():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x, y = rng.integers(0, 5, 8), rng.integers(0, 5, 8)  # with ties
+        assert study.tau_b(x, y) == pytest.approx(kendalltau(x, y)[0])
 
 
 def test_p_values_are_those_of_chance_without_a_relation_and_small_with_one():
