@@ -450,6 +450,28 @@ def test_fine_tuning_starts_with_statistics_of_the_size_it_sees(digits_folder: P
     assert np.allclose(filler._head_inputs(np.array(table.unlabelled)[:20]), pooled, atol=1e-5)
 
 
+def test_losses_serve_the_stages_of_a_draw_and_no_other_draw(
+    compared: Path, digits_folder: Path, tmp_path, monkeypatch
+):
+    table, arm = table_of(digits_folder, compared / "runs" / "rotation-seed0", tmp_path / "a")
+    table = dataclasses.replace(table, protocols=("linear",), counts=(25,))
+    real, seen = ev.fit_probe, []
+
+    def recorded(*args, judged, **kwargs):
+        before = set(judged)
+        model = real(*args, judged=judged, **kwargs)
+        seen.append((args[4:6], before, set(judged)))
+        return model
+
+    monkeypatch.setattr(ev, "fit_probe", recorded)
+    ev.fill(table, [arm], None)
+    for draw in range(2):
+        (first, after), *stages = [(before, after) for which, before, after in seen if which == (25, draw)]
+        assert first == set() < after
+        assert len(stages) == 4
+        assert all(before >= after for before, _ in stages)
+
+
 def test_a_cell_belongs_to_the_size_that_it_was_fine_tuned_at(digits_folder: Path, tmp_path: Path, monkeypatch):
     table, _ = table_of(digits_folder, tmp_path, tmp_path / "a")
     table = dataclasses.replace(table, protocols=("finetune",), counts=(5,))
