@@ -10,7 +10,7 @@ import torch
 
 from downstream import finetune as ft
 from downstream import label_free as lf
-from downstream.evaluate import STATISTICS_IMAGES, TRAINED, Arm, Table
+from downstream.table import STATISTICS_IMAGES, TRAINED, Arm, Table
 from unlabel.backbone import build_backbone, channels_last
 from unlabel.precision import autocast, pick_precision
 

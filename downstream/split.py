@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from downstream import evaluate as ev
+from downstream.table import Images
 from unlabel.cache import ImageCache, evenly_spaced, load_cache
 from unlabel.config import FewLabels
 from unlabel.duplicates import clusters, content_split
@@ -20,8 +20,8 @@ __all__ = ["Split", "has_labels", "split_data", "unlabelled_pool"]
 
 @dataclass(frozen=True)
 class Split:
-    pool: ev.Images
-    test: ev.Images
+    pool: Images
+    test: Images
     classes: list[str]
     unlabelled: ImageCache  # a sample of the pretraining images (else of the pool), no test image among them
     pretraining_leaks: frozenset[str]  # content hashes of pretraining images that are near-duplicates of test images
@@ -59,9 +59,9 @@ def split_data(
     _same_classes(classes, test_cache.labels or [], held is None)
     number = {c: k for k, c in enumerate(classes)}
 
-    def images(cache: ImageCache, cluster_ids: np.ndarray) -> ev.Images:
+    def images(cache: ImageCache, cluster_ids: np.ndarray) -> Images:
         y = np.array([number[c] for c in cache.labels or ()], np.int64)
-        return ev.Images(cache.images, y, list(cache.names), list(cache.hashes), cluster_ids)
+        return Images(cache.images, y, list(cache.names), list(cache.hashes), cluster_ids)
 
     pool_rows = np.flatnonzero(in_pool)
     left = {(train.labels or [])[k] for k in pool_rows}
@@ -109,14 +109,14 @@ def unlabelled_pool(config: FewLabels, image_size: int, pretraining: ImageCache 
     """All images of --train, for scores that need no labels: no class, and no test image among them to leave out."""
     cache = load_cache(open_source(config.train), image_size, max_skipped=config.max_skipped)
     nobody, none = cache.subset(np.zeros(0, np.int64)), np.zeros(0, np.int64)
-    pool = ev.Images(
+    pool = Images(
         cache.images, np.zeros(len(cache), np.int64), list(cache.names), list(cache.hashes), clusters([cache])[0]
     )
     about = {"train": {"spec": config.train, "images": len(cache), "classes": [], "skipped": len(cache.skipped)}}
     warnings = [f"{config.train} has no labels: only scores that need none"]
     if cache.skipped:
         warnings.append(f"{len(cache.skipped)} images cannot be read and were left out: see skipped.txt")
-    test, sample = ev.Images(nobody.images, none, [], [], none), _spread(pretraining or cache)
+    test, sample = Images(nobody.images, none, [], [], none), _spread(pretraining or cache)
     return Split(pool, test, [], sample, frozenset(), None, {}, cache.skipped, about, warnings)
 
 

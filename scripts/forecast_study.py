@@ -25,10 +25,10 @@ import torch
 from scipy.optimize import nnls
 from scipy.stats import norm
 
-from downstream.evaluate import STATISTICS_IMAGES
 from downstream.features import extract, feature_stats
 from downstream.forecast import LEVEL, VARIANCE, WEIGHTS, fall, forecast, scaled, spread
 from downstream.probe import fit_probe
+from downstream.table import STATISTICS_IMAGES
 from unlabel.augment import clean
 from unlabel.backbone import Backbone, build_backbone, load_backbone
 from unlabel.batchnorm import estimate_statistics

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from downstream.evaluate import Arm, Count, Images, Table, fill
+from downstream.evaluate import fill
 from downstream.finetune import Preset, presets_for
+from downstream.table import Arm, Count, Images, Table
 from unlabel.cache import ImageCache, Rows, load_cache
 from unlabel.errors import UserError
 from unlabel.sources import open_source
