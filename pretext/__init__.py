@@ -34,6 +34,10 @@ TASKS: dict[str, tuple[str, str]] = {
     "stacked": ("pretext.stacked:Stacked", "stage by stage, then all together (Bengio 2007, Vincent 2010)"),
     "colorization": ("pretext.colorization:Colorization", "predict the colours of a grey image (Zhang 2016)"),
     "superresolution": ("pretext.superresolution:SuperResolution", "recover the image from its reduction (Kim 2016)"),
+    "instance": (
+        "pretext.instance:Instance",
+        "which image is this another view of? (Chen 2020): for a sum with rotation (Feng 2019)",
+    ),
     "jigsaw": ("pretext.jigsaw:Jigsaw", "which tile belongs where? (Doersch 2015, Noroozi & Favaro 2016)"),
 }
 

@@ -33,7 +33,7 @@ class Batch:
 class Recipe:
     """Settings of the loop that suit a task untuned. Where several tasks share a backbone, the first decides."""
 
-    optimizer: Literal["sgd", "adamw"] = "adamw"  # SGD is with Nesterov momentum 0.9
+    optimizer: Literal["sgd", "adamw", "muon"] = "adamw"  # SGD is with Nesterov momentum 0.9
     lr: float = 1e-3  # peak
     weight_decay: float = 0.05  # not on biases, BatchNorm and other vectors
     batch_size: int = 64  # images per step, over all processes
@@ -47,7 +47,8 @@ class PretextTask(nn.Module):
 
     The backbone is borrowed. ``forward`` returns a dict with ``"loss"`` (a scalar: the mean over images of
     per-image terms, each normalised within its own image, so that two processes equal one) and the detached
-    metrics that ``metrics`` names. A task that needs a batch statistic uses ``unlabel.distributed.mean``.
+    metrics that ``metrics`` names. A task that needs a batch statistic uses ``unlabel.distributed.mean``, one that
+    compares the images of a batch ``unlabel.distributed.gathered`` (and says ``across``).
     """
 
     Config: ClassVar[type[Any]]  # frozen dataclass, free of torch; its fields are --TASK.setting on the command line
@@ -55,6 +56,7 @@ class PretextTask(nn.Module):
     recipe: ClassVar[Recipe] = Recipe()
     phases: int = 1  # > 1 is not summed with other tasks
     mirrors: ClassVar[bool] = True  # whether the loop may show mirror images; not where they have another answer
+    across: ClassVar[bool] = False  # whether the loss compares images: through ``unlabel.distributed.gathered``
     sees: ClassVar[Literal["RGB", "grey"]] = "RGB"  # what the backbone is shown in pretraining; downstream shows RGB
 
     def __init__(self, backbone: Backbone, config: Any) -> None:

@@ -67,7 +67,7 @@ def seconds_per_step(args: argparse.Namespace) -> tuple[float, int, str]:
         False,
         precision,
     )
-    per_step = measure(model, plan, batches, 12)
+    per_step = measure(model, plan, batches)
     return per_step, 4 * sum(p.numel() for p in model.parameters()), f"{device.type}, {precision}"
 
 

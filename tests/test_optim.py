@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 
+from unlabel import muon
 from unlabel.config import PretrainConfig
-from unlabel.optim import make_optimizers, rate_at, set_rates, size_at, sizes
+from unlabel.muon import Muon, orthogonal
+from unlabel.optim import make_optimizers, rate_at, set_rates, size_at, size_factor, sizes
 from unlabel.pretrain import pretrain
 
 
@@ -35,6 +38,9 @@ def test_sizes_rise_to_the_full_one():
     assert size_at(0.0, 32, True) == 32
     assert sum(share for share, _ in sizes(64, True)) == pytest.approx(1)
     assert [size for _, size in sizes(64, True)] == sorted(set(seen))
+    # What a step costs on average, in steps of the first size: 60 % at 40 px, 25 % at 48, 15 % at 64.
+    assert size_factor(64, True) == pytest.approx((0.6 * 40**2 + 0.25 * 48**2 + 0.15 * 64**2) / 40**2)
+    assert size_factor(64, False) == 1
 
 
 def test_groups_keep_their_own_rate_and_vectors_do_not_decay():
@@ -48,6 +54,59 @@ def test_groups_keep_their_own_rate_and_vectors_do_not_decay():
     for layer in (backbone, head):
         assert layer.bias is not None
         assert found[id(layer.bias)][1] == 0
+
+
+@pytest.mark.parametrize("shape", [(24, 150), (150, 24), (32, 32)])
+def test_muon_keeps_directions_and_levels_their_sizes(shape: tuple[int, int]):
+    """Singular vectors stay, singular values come to 0.7 … 1.2: against torch's decomposition."""
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    sizes = torch.linspace(0.2, 3, min(shape))
+    matrix = u @ torch.diag(sizes) @ v
+    found = u.T @ orthogonal(matrix) @ v.T
+    assert found.diagonal().min() > 0.6
+    assert found.diagonal().max() < 1.3
+    assert (found - torch.diag(found.diagonal())).abs().max() < 0.05
+    # Neither the size nor the order of columns matters.
+    order = torch.randperm(shape[1])
+    assert torch.allclose(orthogonal(7 * matrix), orthogonal(matrix), atol=0.03)
+    assert torch.allclose(orthogonal(matrix[:, order]), orthogonal(matrix)[:, order], atol=0.03)
+
+
+def test_muon_equals_timms(monkeypatch: pytest.MonkeyPatch):
+    timms = pytest.importorskip("timm.optim.muon", reason="older versions of timm have no Muon")
+    # Both in fp32: bf16 rounds differently with each layout.
+    monkeypatch.setattr(muon, "pick_precision", lambda *_: "fp32")
+    in_fp32 = partial(timms.zeropower_via_newtonschulz, dtype=torch.float32)
+    monkeypatch.setattr(timms, "zeropower_via_newtonschulz", in_fp32)
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(16, 8, 3, 3)), torch.nn.Parameter(torch.randn(40, 12))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    ours[0].data = ours[0].data.to(memory_format=torch.channels_last)
+    before = [p.detach().clone() for p in ours]
+    mine = Muon(ours, lr=0.02, weight_decay=0.1)
+    other = timms.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True)
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            b.grad = torch.randn(b.shape)
+            a.grad = b.grad.clone()
+        mine.step()
+        other.step()
+    for a, b, was in zip(ours, theirs, before, strict=True):
+        moved = (b - was).detach()
+        assert (a - b).norm() < 1e-4 * moved.norm()
+        assert moved.norm() > 0.1
+
+
+def test_muon_is_for_the_backbones_matrices():
+    backbone, head = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 2)
+    groups = [{"params": list(head.parameters()), "lr_scale": 0.1}]
+    made = make_optimizers(backbone, groups, "muon", 2e-3, 0.05)
+    found = {type(o): {id(p): g["lr"] for g in o.param_groups for p in g["params"]} for o in made}
+    assert found[Muon] == {id(backbone.weight): pytest.approx(2e-3)}
+    assert found[torch.optim.AdamW] == {
+        id(backbone.bias): pytest.approx(2e-3), id(head.weight): pytest.approx(2e-4), id(head.bias): pytest.approx(2e-4)
+    }  # fmt: skip
 
 
 def test_the_logged_rate_is_the_schedules_and_clipping_changes_the_run(digits_folder: Path, tmp_path: Path):

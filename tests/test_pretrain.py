@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import struct
@@ -160,6 +161,10 @@ def test_another_picture_of_the_same_name_and_size_is_refused(digits_folder: Pat
 
 def test_run_folder_and_exported_weights(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = pretrain(settings(digits_folder, tmp_path / "run", "rotation", "inpainting", weights=(1.0, 0.3)))
+    ((steps, seconds, minutes),) = re.findall(
+        r"cost: (\d+) steps of ([\d.]+) s, about ([\d.]+) min", capsys.readouterr().out
+    )
+    assert (int(steps), float(minutes)) == (10, pytest.approx(10 * float(seconds) / 60, abs=0.06))
     names = {p.name for p in out.iterdir() if not p.name.startswith(".")}
     expected = {"config.json", "metrics.jsonl", "previews", "checkpoints", "backbone.safetensors", "backbone.json"}
     assert names == expected | {"skipped.txt"}
@@ -364,11 +369,12 @@ def test_init_takes_an_unfinished_run_too(digits_folder: Path, tmp_path: Path, m
         pretrain(other)
 
 
-def test_minutes_become_steps_and_are_kept(digits_folder: Path, tmp_path: Path, monkeypatch):
+def test_minutes_become_steps_and_are_kept(digits_folder: Path, tmp_path: Path, monkeypatch, capsys):
     config = settings(digits_folder, tmp_path / "run", "denoising", epochs=None, minutes=0.05)
     killed_at(monkeypatch, config, saves=1)
     steps = json.loads((config.out / "config.json").read_text())["resolved"]["steps"]
     assert steps >= 4
+    assert re.findall(r"cost: (\d+) steps", capsys.readouterr().out) == [str(steps)]
     pretrain(config)
     assert json.loads((config.out / "config.json").read_text())["finished"]["steps"] == steps
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unlabel.draws import Draws
 
-__all__ = ["clean", "colour_jitter", "random_view", "to_float"]
+__all__ = ["clean", "colour_jitter", "random_crop", "random_view", "to_float"]
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -39,7 +39,14 @@ def random_view(
     rotation. ``ratio`` > 1 stretches the crop by up to that factor. Never a vertical flip: it equals a
     half turn of the mirror image, which gives the rotation task contradictory labels.
     """
-    n = len(images)
+    return random_crop(to_float(images), size, draws, area, ratio, flip)
+
+
+def random_crop(
+    source: Tensor, size: int, draws: Draws, area: tuple[float, float], ratio: float = 1.0, flip: bool = True
+) -> Tensor:
+    """``random_view`` of images that are floats already: (N, 3, R, R) in [0, 1] to (N, 3, size, size)."""
+    n = len(source)
     u = draws.stream("crop").uniform(5)
     share = area[0] + (area[1] - area[0]) * u[:, 0]
     side = share.sqrt()
@@ -48,11 +55,10 @@ def random_view(
     mirror = torch.where(u[:, 3] < 0.5, -1.0, 1.0) if flip else 1.0
     # Centre of the crop in grid coordinates (-1 … 1), such that the crop stays inside.
     x, y = (2 * u[:, 1] - 1) * (1 - width), (2 * u[:, 2] - 1) * (1 - height)
-    pixels = (2 * torch.arange(size, device=images.device) + 1) / size - 1
-    grid = torch.empty(n, size, size, 2, device=images.device)  # five times as quick as F.affine_grid
+    pixels = (2 * torch.arange(size, device=source.device) + 1) / size - 1
+    grid = torch.empty(n, size, size, 2, device=source.device)  # five times as quick as F.affine_grid
     grid[..., 0] = (x[:, None] + (width * mirror)[:, None] * pixels)[:, None, :]
     grid[..., 1] = (y[:, None] + height[:, None] * pixels)[:, :, None]
-    source = to_float(images)
     scale = math.sqrt(area[0]) * source.shape[-1] / size
     if scale > 1.5:  # bilinear sampling alone would alias
         shorter = max(size, round(source.shape[-1] / scale))

@@ -84,7 +84,7 @@ class PretrainConfig:
     """Peak learning rate (default: the first task's)."""
     weight_decay: float | None = None
     """Not on biases and norm layers (default: the first task's)."""
-    optimizer: Literal["sgd", "adamw"] | None = None
+    optimizer: Literal["sgd", "adamw", "muon"] | None = None
     """For the backbone (default: the first task's)."""
     schedule: Literal["cosine", "step"] | None = None
     """Learning rate after the warm-up (default: the first task's)."""

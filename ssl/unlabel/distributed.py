@@ -190,6 +190,15 @@ def mean(x: Tensor) -> Tensor:
     return _Sum.apply(x) / world_size() if dist.is_initialized() else x
 
 
+def gathered(x: Tensor) -> Tensor:
+    """The rows (N, …) of all ranks, one rank below the other, differentiable: for tasks that compare images."""
+    if not dist.is_initialized():
+        return x
+    return _Sum.apply(torch.stack([x if r == rank() else torch.zeros_like(x) for r in range(world_size())])).flatten(
+        0, 1
+    )
+
+
 def from_main(value: float) -> float:
     """Rank 0's number, on every rank."""
     if not dist.is_initialized():

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["make_optimizers", "rate_at", "set_rates", "size_at"]
+from unlabel.muon import Muon
+
+__all__ = ["make_optimizers", "rate_at", "set_rates", "size_at", "size_factor"]
 
 # Share of the steps, share of the image size: the small sizes give many more passes for the same minutes.
 _PROGRESSIVE = ((0.60, 0.625), (0.85, 0.75), (1.0, 1.0))
@@ -32,6 +34,12 @@ def sizes(image_size: int, progressive: bool) -> list[tuple[float, int]]:
     return [(b - a, size_at((a + b) / 2, image_size, True)) for a, b in zip(starts, ends, strict=True)]
 
 
+def size_factor(image_size: int, progressive: bool) -> float:
+    """Pixels of all of training ÷ what they would be if it stayed at its first size."""
+    stretches = sizes(image_size, progressive)
+    return sum(share * size**2 for share, size in stretches) / stretches[0][1] ** 2
+
+
 def rate_at(progress: float, warmup: float, schedule: str) -> float:
     """Factor on the peak learning rate: linear warm-up from 4 %, then a half cosine to 0, or three drops by 5."""
     if warmup > 0 and progress < warmup:
@@ -50,7 +58,10 @@ def _split(params: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.
 def make_optimizers(
     backbone: nn.Module, task_groups: list[dict[str, Any]], optimizer: str, lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """One optimiser per kind asked for. Vectors (biases, norm layers) get no weight decay."""
+    """One optimiser per kind asked for. Vectors (biases, norm layers) get no weight decay.
+
+    ``muon`` is for the backbone's matrices: its vectors, and the tasks' heads, which it does not pay for, have AdamW.
+    """
     groups = [{"params": list(backbone.parameters())}, *task_groups]
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
@@ -58,9 +69,12 @@ def make_optimizers(
         decay = group.get("weight_decay", weight_decay)
         for params, wd in zip(_split(group["params"]), (decay, 0.0), strict=True):
             if params:
+                kind = group.get("optimizer", optimizer)
+                if kind == "muon" and (group is not groups[0] or params[0].ndim < 2):
+                    kind = "adamw"
                 peak = float(lr * group.get("lr_scale", 1.0))  # numpy's kind cannot be in a checkpoint
                 entry = {"params": params, "lr": peak, "peak": peak, "weight_decay": wd, **options}
-                by_kind.setdefault(group.get("optimizer", optimizer), []).append(entry)
+                by_kind.setdefault(kind, []).append(entry)
     made: list[torch.optim.Optimizer] = []
     fused = next(backbone.parameters()).device.type in ("cpu", "cuda")  # all of an update in one pass over the memory
     for kind, entries in by_kind.items():
@@ -68,8 +82,10 @@ def make_optimizers(
             made.append(torch.optim.SGD(entries, lr=lr, momentum=0.9, nesterov=True, fused=fused))
         elif kind == "adamw":
             made.append(torch.optim.AdamW(entries, lr=lr, fused=fused))
+        elif kind == "muon":
+            made.append(Muon(entries, lr=lr))
         else:
-            raise ValueError(f"unknown optimizer {kind!r}: sgd or adamw")
+            raise ValueError(f"unknown optimizer {kind!r}: sgd, adamw or muon")
     return made
 
 

@@ -23,12 +23,12 @@ from unlabel.precision import autocast, pick_precision
 if TYPE_CHECKING:
     from unlabel.batches import Batches
 
-__all__ = ["EPOCHS", "Plan", "check_settings", "freeze_unused", "make_plan", "measure"]
+__all__ = ["EPOCHS", "Plan", "check_settings", "cost", "freeze_unused", "make_plan", "measure"]
 
 MOST_OF = (65_536, 64)  # any number of a task; blocks
 MOST_STEPS, MOST_IMAGES, MOST_RATE = 10**12, 1 << 20, 1e6  # in a run; in a step; peak of the learning rate
 EPOCHS = 20.0  # where neither --epochs nor --minutes is given
-MEASURE_SECONDS = 5.0
+MEASURE_STEPS, MEASURE_SECONDS = 12, 5.0
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,11 @@ def make_plan(
     if epochs * n / plan.batch_size > MOST_STEPS or (config.minutes or 0) > MOST_STEPS:
         raise UserError("--epochs or --minutes: more than anybody can wait for")
     steps = steps_for(epochs, n, plan.batch_size)
-    per_step = config.accumulate * measure(model, plan, batch_of, 12 if config.minutes is not None else 3)
     if config.minutes is not None:
+        per_step = config.accumulate * measure(model, plan, batch_of)
         steps = max(1, int(config.minutes * 60 / per_step))
-    if distributed.is_main():
-        print(f"cost: {steps} steps of {per_step:.2f} s, about {steps * per_step / 60:.1f} minutes", flush=True)
+        if distributed.is_main():
+            print(cost(steps, per_step), flush=True)
     return replace(plan, steps=steps)
 
 
@@ -143,22 +143,28 @@ def _resolved_before(resolved: dict[str, Any], now: Plan) -> Plan:
     return plan
 
 
-def measure(model: nn.Module, plan: Plan, batch_of: Batches, at_most: int) -> float:
+def cost(steps: int, per_step: float) -> str:
+    """``per_step``: seconds."""
+    return f"cost: {steps} steps of {per_step:.2f} s, about {steps * per_step / 60:.1f} minutes"
+
+
+def measure(model: nn.Module, plan: Plan, batch_of: Batches) -> float:
     """Seconds per step, averaged over the phases and the sizes of training. The model itself is not touched.
 
-    Per size the median of up to ``at_most`` steps, three or more, in MEASURE_SECONDS, but for the first two, which
+    Per size the median of up to MEASURE_STEPS, four or more, in MEASURE_SECONDS, but for the first two, which
     warm up.
     """
     twin: Any = copy.deepcopy(model)
     phases = max(task.phases for task in twin.tasks.values())
-    return sum(_measure_phase(twin, phase, plan, batch_of, at_most) for phase in range(phases)) / phases
+    return sum(_measure_phase(twin, phase, plan, batch_of) for phase in range(phases)) / phases
 
 
-def _measure_phase(twin: Any, phase: int, plan: Plan, batch_of: Batches, at_most: int) -> float:
+def _measure_phase(twin: Any, phase: int, plan: Plan, batch_of: Batches) -> float:
     for task in twin.tasks.values():
         task.begin(phase)
     twin.to(batch_of.device).train()
-    optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.0, momentum=0.9)
+    groups = [g for task in twin.tasks.values() for g in task.param_groups()]
+    optimizers = optim.make_optimizers(twin.backbone, groups, plan.optimizer, plan.lr, plan.weight_decay)
     total, steps = 0.0, 10_000
     batch_of.plan = replace(plan, steps=steps)
     at = 0.0
@@ -166,15 +172,16 @@ def _measure_phase(twin: Any, phase: int, plan: Plan, batch_of: Batches, at_most
         times: list[float] = []
         # All ranks do the same number of steps: a task may compute something together.
         while distributed.any_rank(
-            len(times) < min(at_most, 4) or (len(times) < at_most and sum(times) < MEASURE_SECONDS), batch_of.device
+            len(times) < 4 or (len(times) < MEASURE_STEPS and sum(times) < MEASURE_SECONDS), batch_of.device
         ):
             k, begun = len(times), time.perf_counter()
             batch = batch_of(int((at + share / 2) * steps) + k, progress=0.5)
             with autocast(batch_of.device, plan.precision):
                 loss, _ = twin(batch)
             loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             if batch_of.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begun)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from unlabel.errors import UserError
@@ -9,6 +11,7 @@ from unlabel.errors import UserError
 __all__ = ["autocast", "pick_precision"]
 
 
+@functools.cache
 def _bf16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
