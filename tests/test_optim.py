@@ -85,7 +85,7 @@ def test_muon_equals_timms(monkeypatch: pytest.MonkeyPatch):
     ours[0].data = ours[0].data.to(memory_format=torch.channels_last)
     before = [p.detach().clone() for p in ours]
     mine = Muon(ours, lr=0.02, weight_decay=0.1)
-    other = timms.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True)
+    other = timms.Muon(theirs, lr=0.02, weight_decay=0.1, nesterov=True, ns_coefficients="original")
     for _ in range(4):
         for a, b in zip(ours, theirs, strict=True):
             b.grad = torch.randn(b.shape)
