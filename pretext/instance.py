@@ -44,7 +44,8 @@ def nt_xent(ours: Tensor, all_first: Tensor, all_second: Tensor, at: int, temper
     (M, D): those of all M images, ours from row ``at`` on. Each of our views is compared with 2M - 1 others.
     """
     n, m = len(ours) // 2, len(all_first)
-    cosines = ours @ torch.cat([all_first, all_second]).t() / temperature
+    with torch.autocast(ours.device.type, enabled=False):  # bf16 has steps of 1/32 where cosines ÷ temperature are
+        cosines = ours @ torch.cat([all_first, all_second]).t() / temperature
     own = torch.arange(at, at + n, device=ours.device)
     itself, other = torch.cat([own, own + m]), torch.cat([own + m, own])
     cosines = cosines.scatter(1, itself[:, None], float("-inf"))

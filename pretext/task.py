@@ -73,7 +73,8 @@ class PretextTask(nn.Module):
         """Freeze or grow for phase 0 … phases - 1; a continued run calls it for each phase again, in order."""
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """The head's parameters. A group may set ``lr_scale``, ``betas``, ``optimizer``, ``weight_decay``."""
+        """The head's parameters. A group may set ``lr_scale``, ``betas``, ``weight_decay``, ``optimizer``
+        (adamw or sgd: muon is for the backbone)."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from typing import Literal
 import pytest
 import torch
 
-from unlabel import muon
 from unlabel.config import PretrainConfig
 from unlabel.muon import Muon, orthogonal
 from unlabel.optim import make_optimizers, rate_at, set_rates, size_at, size_factor, sizes
@@ -76,7 +75,6 @@ def test_muon_keeps_directions_and_levels_their_sizes(shape: tuple[int, int]):
 def test_muon_equals_timms(monkeypatch: pytest.MonkeyPatch):
     timms = pytest.importorskip("timm.optim.muon", reason="older versions of timm have no Muon")
     # Both in fp32: bf16 rounds differently with each layout.
-    monkeypatch.setattr(muon, "pick_precision", lambda *_: "fp32")
     in_fp32 = partial(timms.zeropower_via_newtonschulz, dtype=torch.float32)
     monkeypatch.setattr(timms, "zeropower_via_newtonschulz", in_fp32)
     torch.manual_seed(0)

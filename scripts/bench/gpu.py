@@ -1,7 +1,8 @@
-"""Speed on a GPU, in less than ten minutes: `unlabel pretrain` beside what the card can do. Writes results/gpu.json.
+"""Speed on a GPU: `unlabel pretrain` beside what the card can do, in under ten minutes. Writes results/gpu.json.
 
     python scripts/bench/gpu.py
     python scripts/bench/gpu.py --cifar10 TRAIN TEST            # and to what accuracy in how many minutes
+    python scripts/bench/gpu.py --cifar10 TRAIN TEST --no-races # that alone
     python scripts/bench/gpu.py --device cpu --network small --size 64 --batch 32 --images 128    # does it run?
 
 For rotation and inpainting, in turns in each of five rounds: a later epoch of the command; *limit*, the same module's
@@ -139,21 +140,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="images; rotation shows each of them four times")
     parser.add_argument("--images", type=int, default=2048, help="of an epoch")
     parser.add_argument("--cifar10", nargs=2, metavar=("TRAIN", "TEST"))
+    parser.add_argument("--races", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--minutes", type=float, default=3.0, help="of pretraining on CIFAR-10")
     parser.add_argument("--epochs", type=int, default=30, help="of the classifier on CIFAR-10")
     parser.add_argument("--out", type=Path, default=Path("results/gpu.json"))
     args = parser.parse_args()
     begun, device = time.perf_counter(), torch.device(args.device)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"hardware": hardware(), "versions": versions(), "commit": commit(), **vars(args), "out": str(args.out)}
     found: dict[str, Any] = {"about": about, "precision": pick_precision("auto", device), "views_per_second": {}}
     with tempfile.TemporaryDirectory() as folder:
         photos = cut_photos(Path(folder), args.images, (500, 375))
-        for task, views in TASKS.items():
+        for task, views in TASKS.items() if args.races else ():
             setting = Setting(task, args.network, photos, args.images, args.size, device, args.batch)
             speeds = race(setting, views)
             found["views_per_second"][task] = speeds
             found["minutes"] = round((time.perf_counter() - begun) / 60, 2)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(found, indent=1) + "\n")
             median = {name: statistics.median(values) for name, values in speeds.items()}
             print(f"{task}: " + ", ".join(f"{name} {v:,.0f} views/s" for name, v in median.items()))

@@ -44,7 +44,8 @@ from unlabel.sources import open_source
 __all__ = ["Setting", "best_workers", "blocks_of_steps", "limit", "race", "same_speed_for_more_images", "unlabel_run"]
 
 CPU = torch.device("cpu")
-OPTIMIZER = "adamw"  # of all contenders; a task's own may be one that the others do not have
+# Of all contenders: a task's own may be one that the others do not have. Rotation's batches stay what they were, too.
+OPTIMIZER, BATCHES = "adamw", {"rotation": 32}
 EPOCH = 20_000  # images: how often the loop saves a checkpoint, as it would with so many
 
 
@@ -62,7 +63,7 @@ class Setting:
 
     @property
     def batch_size(self) -> int:
-        return self.batch or load_task(self.task).recipe.batch_size
+        return self.batch or BATCHES.get(self.task) or load_task(self.task).recipe.batch_size
 
     def model(self) -> Together:
         torch.manual_seed(0)
@@ -85,7 +86,7 @@ class Setting:
         recipe, precision = load_task(self.task).recipe, pick_precision("auto", self.device)
         model = channels_last(self.model().to(self.device))
         groups = [g for task in model.tasks.values() for g in task.param_groups()]  # type: ignore[operator]
-        optimizers = optim.make_optimizers(model.backbone, groups, OPTIMIZER, recipe.lr, recipe.weight_decay)
+        optimizers = optim.make_optimizers(model.backbone, groups, OPTIMIZER, recipe.lr, recipe.weight_decay, precision)
 
         def step(batch: Batch) -> None:
             with autocast(self.device, precision):

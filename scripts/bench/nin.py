@@ -79,7 +79,7 @@ def accuracy_on_block_two(
     """Share of test images that are named right. Each set: uint8 (N, S, S, 3) and its classes (N,)."""
     device = next(backbone.parameters()).device
     precision = pick_precision("auto", device)
-    first = backbone.model.blocks[:2].eval()
+    first = nn.Sequential(*backbone.model.blocks[:2]).eval()
     classes, side = int(train[1].max()) + 1, train[0].shape[1] // 4
     hidden = 20 * classes
     torch.manual_seed(0)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from unlabel.errors import UserError
 
-__all__ = ["RankLost", "any_rank", "barrier", "from_main", "in_turn", "is_main", "mean", "naming_the_missing"]
-__all__ += ["pick_device", "rank", "same_everywhere", "start", "stop", "world_size"]
+__all__ = ["RankLost", "any_rank", "barrier", "from_main", "gathered", "in_turn", "is_main", "mean"]
+__all__ += ["naming_the_missing", "pick_device", "rank", "same_everywhere", "start", "stop", "world_size"]
 
 LOST_SECONDS = 10.0  # that a process waits, once it gave up, for the others to give up too
 

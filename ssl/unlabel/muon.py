@@ -1,6 +1,6 @@
 """Muon: momentum whose matrices are made orthogonal before they are added (Jordan et al. 2024,
 https://kellerjordan.github.io/posts/muon/), in steps of AdamW's size and with its decay (Liu et al. 2025,
-https://arxiv.org/abs/2502.16982). timm has one, too, in bf16 on every processor; torch's takes no convolutions.
+https://arxiv.org/abs/2502.16982). timm has one, too, always in bf16; torch's takes no convolutions.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unlabel.precision import pick_precision
-
 __all__ = ["Muon", "orthogonal"]
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # singular values go to 0.7 … 1.2 in five steps, not to 1: that is enough
 STEPS = 5
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """The orthogonal factor of (m, n), about: its singular values become 0.7 to 1.2 (Newton-Schulz, quintic)."""
+def orthogonal(matrix: Tensor, precision: str = "fp32") -> Tensor:
+    """The orthogonal factor of (m, n), about: its singular values become 0.7 to 1.2 (Newton-Schulz, quintic).
+
+    ``precision``: fp32 or bf16, of the products.
+    """
     a, b, c = COEFFICIENTS
-    precise = pick_precision("auto", matrix.device) != "bf16"
-    x = matrix.to(torch.float32 if precise else torch.bfloat16)
+    x = matrix.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     if tall := x.shape[0] > x.shape[1]:
         x = x.mT
     x = x / x.norm().clamp(min=1e-7)
@@ -36,8 +36,16 @@ def orthogonal(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """For weights of two dimensions or more: (out, in, kernel, kernel) is a matrix of ``out`` rows."""
 
-    def __init__(self, params: Iterable[Any], lr: float, weight_decay: float = 0.0, momentum: float = 0.95) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        precision: str = "fp32",
+    ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.precision = precision
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -52,7 +60,7 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(p.grad, 1 - momentum)
                 ahead = p.grad.lerp(average, momentum)  # Nesterov's
                 ahead = ahead.movedim(1, -1)  # as it lies in memory; the order of columns changes nothing
-                update = orthogonal(ahead.flatten(1))
+                update = orthogonal(ahead.flatten(1), self.precision)
                 # An orthogonal (m, n) has a root mean square of 1 / sqrt(max(m, n)); AdamW's steps have about 0.2.
                 size = 0.2 * max(update.shape) ** 0.5
                 p.mul_(1 - lr * group["weight_decay"]).add_(update.view(ahead.shape).movedim(-1, 1), alpha=-lr * size)

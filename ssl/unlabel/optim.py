@@ -56,11 +56,17 @@ def _split(params: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.
 
 
 def make_optimizers(
-    backbone: nn.Module, task_groups: list[dict[str, Any]], optimizer: str, lr: float, weight_decay: float
+    backbone: nn.Module,
+    task_groups: list[dict[str, Any]],
+    optimizer: str,
+    lr: float,
+    weight_decay: float,
+    precision: str = "fp32",
 ) -> list[torch.optim.Optimizer]:
     """One optimiser per kind asked for. Vectors (biases, norm layers) get no weight decay.
 
     ``muon`` is for the backbone's matrices: its vectors, and the tasks' heads, which it does not pay for, have AdamW.
+    ``precision``, fp32 or bf16, is that of Muon's products.
     """
     groups = [{"params": list(backbone.parameters())}, *task_groups]
     by_kind: dict[str, list[dict[str, Any]]] = {}
@@ -83,7 +89,7 @@ def make_optimizers(
         elif kind == "adamw":
             made.append(torch.optim.AdamW(entries, lr=lr, fused=fused))
         elif kind == "muon":
-            made.append(Muon(entries, lr=lr))
+            made.append(Muon(entries, lr=lr, precision=precision))
         else:
             raise ValueError(f"unknown optimizer {kind!r}: sgd, adamw or muon")
     return made

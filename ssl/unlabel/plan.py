@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from unlabel.precision import autocast, pick_precision
 if TYPE_CHECKING:
     from unlabel.batches import Batches
 
-__all__ = ["EPOCHS", "Plan", "check_settings", "cost", "freeze_unused", "make_plan", "measure"]
+__all__ = ["EPOCHS", "Plan", "check_settings", "clock", "cost", "freeze_unused", "make_plan", "measure"]
+__all__ += ["measured_before"]
 
 MOST_OF = (65_536, 64)  # any number of a task; blocks
 MOST_STEPS, MOST_IMAGES, MOST_RATE = 10**12, 1 << 20, 1e6  # in a run; in a step; peak of the learning rate
@@ -121,9 +122,10 @@ def make_plan(
     if epochs * n / plan.batch_size > MOST_STEPS or (config.minutes or 0) > MOST_STEPS:
         raise UserError("--epochs or --minutes: more than anybody can wait for")
     steps = steps_for(epochs, n, plan.batch_size)
-    if config.minutes is not None:
-        per_step = config.accumulate * measure(model, plan, batch_of)
-        steps = max(1, int(config.minutes * 60 / per_step))
+    if measured_before(config, max(task.phases for task in cast(Any, model).tasks.values())):
+        per_step = measure(model, plan, batch_of)
+        if config.minutes is not None:
+            steps = max(1, int(config.minutes * 60 / per_step))
         if distributed.is_main():
             print(cost(steps, per_step), flush=True)
     return replace(plan, steps=steps)
@@ -143,9 +145,21 @@ def _resolved_before(resolved: dict[str, Any], now: Plan) -> Plan:
     return plan
 
 
+def measured_before(config: PretrainConfig, phases: int) -> bool:
+    """Whether a step is timed before the run and not in it: where minutes become steps, or phases differ in cost."""
+    return config.minutes is not None or phases > 1
+
+
 def cost(steps: int, per_step: float) -> str:
     """``per_step``: seconds."""
     return f"cost: {steps} steps of {per_step:.2f} s, about {steps * per_step / 60:.1f} minutes"
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.monotonic()
 
 
 def measure(model: nn.Module, plan: Plan, batch_of: Batches) -> float:
@@ -164,7 +178,9 @@ def _measure_phase(twin: Any, phase: int, plan: Plan, batch_of: Batches) -> floa
         task.begin(phase)
     twin.to(batch_of.device).train()
     groups = [g for task in twin.tasks.values() for g in task.param_groups()]
-    optimizers = optim.make_optimizers(twin.backbone, groups, plan.optimizer, plan.lr, plan.weight_decay)
+    optimizers = optim.make_optimizers(
+        twin.backbone, groups, plan.optimizer, plan.lr, plan.weight_decay, plan.precision
+    )
     total, steps = 0.0, 10_000
     batch_of.plan = replace(plan, steps=steps)
     at = 0.0
@@ -174,17 +190,16 @@ def _measure_phase(twin: Any, phase: int, plan: Plan, batch_of: Batches) -> floa
         while distributed.any_rank(
             len(times) < 4 or (len(times) < MEASURE_STEPS and sum(times) < MEASURE_SECONDS), batch_of.device
         ):
-            k, begun = len(times), time.perf_counter()
+            k, begun = len(times), clock(batch_of.device)
             batch = batch_of(int((at + share / 2) * steps) + k, progress=0.5)
             with autocast(batch_of.device, plan.precision):
                 loss, _ = twin(batch)
             loss.backward()
+            part = clock(batch_of.device) - begun
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            if batch_of.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begun)
+            times.append(clock(batch_of.device) - begun + (batch_of.parts - 1) * part)
         total += share * float(np.median(times[2:]))
         at += share
     return distributed.from_main(total)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from unlabel.errors import UserError
@@ -11,7 +9,6 @@ from unlabel.errors import UserError
 __all__ = ["autocast", "pick_precision"]
 
 
-@functools.cache
 def _bf16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -28,7 +28,7 @@ from unlabel.init import begun, fetch, init_of, load_start, start_of
 from unlabel.memory import keep_freed_memory
 from unlabel.messages import describe, log_line, not_finite
 from unlabel.order import phase_at
-from unlabel.plan import check_settings, cost, freeze_unused, make_plan
+from unlabel.plan import check_settings, clock, cost, freeze_unused, make_plan, measured_before
 from unlabel.precision import autocast
 from unlabel.previews import save_previews
 from unlabel.runfolder import RunFolder
@@ -161,7 +161,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
         if config.sync_batchnorm:
             sync_batchnorm(model, device)
         groups = [g for task in tasks.values() for g in task.param_groups()]
-        optimizers = optim.make_optimizers(backbone, groups, plan.optimizer, plan.lr, plan.weight_decay)
+        optimizers = optim.make_optimizers(backbone, groups, plan.optimizer, plan.lr, plan.weight_decay, plan.precision)
         return _wrap(model, device), optimizers
 
     for passed in range(phase):
@@ -200,6 +200,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     started = last_save = last_log = warm = time.monotonic()
     sums: dict[str, Tensor] = {k: v.to(device) for k, v in state["sums"].items()} if state else {}
     summed, timed = (state["summed"], 0) if state else (0, 0)  # steps in the sums; steps since the last log line
+    untold = about is None and not measured_before(config, phases)
     if step == 0:
         preview(0)
     bar = tqdm(
@@ -231,10 +232,11 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
                 optimizer.zero_grad(set_to_none=True)
             step, summed, timed = step + 1, summed + 1, timed + 1
             bar.update(plan.batch_size)
-            warm = _clock(device) if step == 2 else warm
-            if step == 5 and about is None and config.minutes is None and distributed.is_main():
-                per_step = (_clock(device) - warm) / 3 * optim.size_factor(image_size, plan.progressive)
+            warm = clock(device) if step == 2 else warm
+            if step == 5 and untold and distributed.is_main():
+                per_step = (clock(device) - warm) / 3 * optim.size_factor(image_size, plan.progressive)
                 bar.write(cost(plan.steps, per_step))
+                sys.stdout.flush()  # else it comes at the end where stdout is a pipe
 
             due = time.monotonic() - last_save > CHECKPOINT_SECONDS or step % every_save == 0 or step == plan.steps
             log_due = step % every_log == 0 or step == plan.steps
@@ -268,13 +270,6 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     distributed.barrier()
     say(f"{run.path / 'backbone.safetensors'}: {plan.steps} steps, {plan.steps * plan.batch_size:,} images seen")
     return run.path
-
-
-def _clock(device: torch.device) -> float:
-    """Seconds, when all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.monotonic()
 
 
 def _gradients_shared(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
