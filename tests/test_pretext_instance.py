@@ -42,6 +42,14 @@ def test_codes_at_right_angles_have_a_closed_form():
     assert losses.tolist() == pytest.approx([math.log(1 + 10 * math.exp(-1 / TAU))] * 12)
 
 
+def test_mixed_precision_does_not_round_the_cosines():
+    first, second = (c.float() for c in codes(8))
+    exact = nt_xent(torch.cat([first, second]), first, second, 0, 0.05)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = nt_xent(torch.cat([first, second]), first, second, 0, 0.05)[0]
+    assert torch.allclose(mixed, exact, atol=1e-5)
+
+
 def test_parts_of_a_batch_average_to_the_whole_if_they_see_all_of_it():
     """As processes do. The order of the images changes nothing either."""
     first, second = codes(6)
