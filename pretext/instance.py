@@ -57,7 +57,7 @@ class Instance(PretextTask):
 
     Config = Config
     metrics = {"accuracy": "max"}  # noqa: RUF012
-    recipe = Recipe(optimizer="muon", lr=3e-3, weight_decay=0.05, batch_size=64, progressive=True)
+    recipe = Recipe(optimizer="adamw", lr=3e-3, weight_decay=0.05, batch_size=64, progressive=True)
     across = True
     config: Config
 

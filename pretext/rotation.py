@@ -65,7 +65,7 @@ def residual_block(backbone: Backbone) -> BasicBlock | Bottleneck:
 class Rotation(PretextTask):
     Config = Config
     metrics = {"accuracy": "max", "half_turn_accuracy": "max", "quarter_turn_accuracy": "max"}  # noqa: RUF012
-    recipe = Recipe(optimizer="muon", lr=3e-3, weight_decay=0.05, batch_size=64, progressive=True)
+    recipe = Recipe(optimizer="adamw", lr=3e-3, weight_decay=0.05, batch_size=32, progressive=True)
     config: Config
 
     def __init__(self, backbone: Backbone, config: Config) -> None:

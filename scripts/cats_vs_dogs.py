@@ -7,8 +7,7 @@ a quarter of an hour probes, the rest fine-tuning (an estimate: it was run in it
 
 Result (README.md has all of it, with intervals): with 50 labels per class, fine-tuned, 84.9 % of the test photos are
 right after an hour of rotation on cores with bf16, after 20 minutes of rotation, inpainting and denoising 80.6, 58.2
-and 58.2 %, and 61.2 % from scratch; a linear probe of the hour 78.5 %, of random weights 56.3 %. (Rotation by AdamW
-in batches of 32, its default then.)
+and 58.2 %, and 61.2 % from scratch; a linear probe of the hour 78.5 %, of random weights 56.3 %.
 
 Splits once, by cluster of near-duplicates and by content hash, never by seed: test 2,500 and development 1,500
 photos per class, the rest is the pool. Pretraining sees unlabelled + pool + development, without labels. Then the

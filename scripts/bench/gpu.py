@@ -37,7 +37,7 @@ from photos import cut_photos
 
 from unlabel.backbone import channels_last, load_backbone
 from unlabel.cache import load_cache
-from unlabel.config import BACKBONES, PretrainConfig
+from unlabel.config import BACKBONES, Device, PretrainConfig
 from unlabel.precision import autocast, pick_precision
 from unlabel.pretrain import pretrain
 from unlabel.runfolder import commit, hardware, versions
@@ -112,7 +112,7 @@ def labelled(spec: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(cache.images[:]), np.unique(cache.labels, return_inverse=True)[1]
 
 
-def time_to_accuracy(sets: tuple[str, str], device: str, minutes: float, epochs: int) -> dict[str, Any]:
+def time_to_accuracy(sets: tuple[str, str], device: Device, minutes: float, epochs: int) -> dict[str, Any]:
     """Pretraining for that many minutes, then the classifier: its accuracy, and what the two took."""
     with tempfile.TemporaryDirectory() as folder:
         config = PretrainConfig(

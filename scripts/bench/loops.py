@@ -44,8 +44,6 @@ from unlabel.sources import open_source
 __all__ = ["Setting", "best_workers", "blocks_of_steps", "limit", "race", "same_speed_for_more_images", "unlabel_run"]
 
 CPU = torch.device("cpu")
-# Of all contenders: a task's own may be one that the others do not have. Rotation's batches stay what they were, too.
-OPTIMIZER, BATCHES = "adamw", {"rotation": 32}
 EPOCH = 20_000  # images: how often the loop saves a checkpoint, as it would with so many
 
 
@@ -63,7 +61,7 @@ class Setting:
 
     @property
     def batch_size(self) -> int:
-        return self.batch or BATCHES.get(self.task) or load_task(self.task).recipe.batch_size
+        return self.batch or load_task(self.task).recipe.batch_size
 
     def model(self) -> Together:
         torch.manual_seed(0)
@@ -76,7 +74,7 @@ class Setting:
         recipe = load_task(self.task).recipe
         made = Batches(cache, PretrainConfig((self.task,), (str(self.folder),), Path()), True, self.device)
         made.plan = Plan(
-            self.size, self.batch_size, 10_000, recipe.lr, recipe.weight_decay, OPTIMIZER, recipe.schedule,
+            self.size, self.batch_size, 10_000, recipe.lr, recipe.weight_decay, recipe.optimizer, recipe.schedule,
             recipe.crop, False, pick_precision("auto", self.device),
         )  # fmt: skip
         return made
@@ -86,7 +84,9 @@ class Setting:
         recipe, precision = load_task(self.task).recipe, pick_precision("auto", self.device)
         model = channels_last(self.model().to(self.device))
         groups = [g for task in model.tasks.values() for g in task.param_groups()]  # type: ignore[operator]
-        optimizers = optim.make_optimizers(model.backbone, groups, OPTIMIZER, recipe.lr, recipe.weight_decay, precision)
+        optimizers = optim.make_optimizers(
+            model.backbone, groups, recipe.optimizer, recipe.lr, recipe.weight_decay, precision
+        )
 
         def step(batch: Batch) -> None:
             with autocast(self.device, precision):
@@ -179,7 +179,6 @@ def unlabel_run(setting: Setting, epochs: int, on_epoch: Callable[[float, int], 
         config = PretrainConfig(
             (setting.task,), (str(setting.folder),), Path(temporary) / "run", backbone=setting.network,
             image_size=setting.size, epochs=epochs, log_every=epoch, progressive=False, batch_size=setting.batch_size,
-            optimizer=OPTIMIZER,
             device="cpu" if setting.device.type == "cpu" else "cuda",
             checkpoint_every=max(1, EPOCH // setting.batch_size),
         )  # fmt: skip
