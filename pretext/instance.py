@@ -68,7 +68,10 @@ class Instance(PretextTask):
         if not 0 <= config.jitter <= 1 or not 0 <= config.grey <= 1:
             raise UserError("--instance.jitter and .grey are from 0 to 1")
         channels = backbone.channels
-        self.project = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, config.width))
+        # With BatchNorm where the network has it, without which the codes of a new network come apart slowly.
+        has_batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
+        norm = nn.BatchNorm1d(channels) if has_batchnorm else nn.Identity()
+        self.project = nn.Sequential(nn.Linear(channels, channels), norm, nn.ReLU(), nn.Linear(channels, config.width))
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Two of each image, each (N, 3, S, S) in [0, 1]."""
