@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +63,34 @@ def test_parts_of_a_batch_average_to_the_whole_if_they_see_all_of_it():
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     turned = nt_xent(torch.cat([first[order], second[order]]), first[order], second[order], 0, TAU)[0]
     assert torch.allclose(turned[:6], whole[:6][order])
+
+
+TWO_PROCESSES = """
+import torch, torch.distributed as dist, torch.nn.functional as F
+from pretext.instance import nt_xent
+from unlabel import distributed
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+whole = torch.randn(6, 2, 5, dtype=torch.float64, requires_grad=True)  # six images, two views of each
+def loss(rows, all_rows, at):
+    codes, everyones = F.normalize(rows, dim=2), F.normalize(all_rows, dim=2)
+    ours = codes.transpose(0, 1).flatten(0, 1)
+    return nt_xent(ours, everyones[:, 0], everyones[:, 1], at, 0.3)[0].mean()
+loss(whole, whole, 0).backward()
+mine = whole.detach()[3 * dist.get_rank() :][:3].requires_grad_()
+loss(mine, distributed.gathered(mine), 3 * dist.get_rank()).backward()
+want = whole.grad[3 * dist.get_rank() :][:3]
+assert torch.allclose(mine.grad / 2, want, rtol=1e-9), (mine.grad / 2 - want).abs().max()  # DDP takes the mean
+print("equal")
+"""
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path: Path):
+    """Also that part of it that reaches an image through the other process's images."""
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ran = subprocess.run([*torchrun, str(tmp_path / "two.py")], capture_output=True, text=True)
+    assert ran.stdout.split() == ["equal", "equal"], ran.stderr[-2000:]
 
 
 def batch_of(images: torch.Tensor, epoch: int = 0) -> Batch:
