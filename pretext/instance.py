@@ -18,6 +18,7 @@ from pretext.task import Batch, PretextTask, Recipe
 from unlabel import distributed
 from unlabel.augment import colour_jitter, random_crop
 from unlabel.backbone import Backbone
+from unlabel.batchnorm import has_batchnorm
 from unlabel.errors import UserError
 
 __all__ = ["Instance", "nt_xent"]
@@ -69,8 +70,7 @@ class Instance(PretextTask):
             raise UserError("--instance.jitter and .grey are from 0 to 1")
         channels = backbone.channels
         # With BatchNorm where the network has it, without which the codes of a new network come apart slowly.
-        has_batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
-        norm = nn.BatchNorm1d(channels) if has_batchnorm else nn.Identity()
+        norm = nn.BatchNorm1d(channels) if has_batchnorm(backbone) else nn.Identity()
         self.project = nn.Sequential(nn.Linear(channels, channels), norm, nn.ReLU(), nn.Linear(channels, config.width))
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pretext.task import Batch, PretextTask, Recipe
 from unlabel.augment import colour_jitter
 from unlabel.backbone import Backbone
+from unlabel.batchnorm import has_batchnorm
 from unlabel.errors import UserError
 
 __all__ = ["Rotation", "four_rotations"]
@@ -54,8 +55,7 @@ def residual_block(backbone: Backbone) -> BasicBlock | Bottleneck:
     With BatchNorm where the network has it. One without knows no batch, so that two processes equal one: so here.
     """
     channels = backbone.channels
-    has_batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
-    norm: Any = nn.BatchNorm2d if has_batchnorm else partial(nn.GroupNorm, math.gcd(8, channels))
+    norm: Any = nn.BatchNorm2d if has_batchnorm(backbone) else partial(nn.GroupNorm, math.gcd(8, channels))
     shortcut = nn.Sequential(nn.Conv2d(channels, channels, 1, stride=2, bias=False), norm(channels))
     if channels > WIDE:
         return Bottleneck(channels, channels // 4, stride=2, downsample=shortcut, norm_layer=norm)

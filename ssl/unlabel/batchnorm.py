@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from unlabel import distributed
 from unlabel.errors import UserError
 
-__all__ = ["estimate_statistics", "frozen_statistics", "sync_batchnorm"]
+__all__ = ["estimate_statistics", "frozen_statistics", "has_batchnorm", "sync_batchnorm"]
+
+
+def has_batchnorm(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
 def sync_batchnorm(model: nn.Module, device: torch.device) -> None:

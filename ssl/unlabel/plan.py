@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ def check_settings(config: PretrainConfig, classes: dict[str, Any], weights: Seq
 
 
 def make_plan(
-    config: PretrainConfig, image_size: int, classes: dict[str, Any], model: nn.Module, batch_of: Batches,
+    config: PretrainConfig, image_size: int, classes: dict[str, Any], model: Any, batch_of: Batches,
     about: dict[str, Any] | None,
 ) -> Plan:  # fmt: skip
     """Defaults from the first task's recipe; durations become steps, once."""
@@ -122,7 +122,7 @@ def make_plan(
     if epochs * n / plan.batch_size > MOST_STEPS or (config.minutes or 0) > MOST_STEPS:
         raise UserError("--epochs or --minutes: more than anybody can wait for")
     steps = steps_for(epochs, n, plan.batch_size)
-    if measured_before(config, max(task.phases for task in cast(Any, model).tasks.values())):
+    if measured_before(config, max(task.phases for task in model.tasks.values())):
         per_step = measure(model, plan, batch_of)
         if config.minutes is not None:
             steps = max(1, int(config.minutes * 60 / per_step))
