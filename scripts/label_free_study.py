@@ -1,13 +1,13 @@
 """Which score would choose the best run without labels? The study of docs/label-free.md, which holds its plan.
 
-    python scripts/label_free_study.py pretrain --data runs/cvd/split/pretrain --out runs/study
-    python scripts/label_free_study.py measure --train runs/cvd/split/pool --test runs/cvd/split/development \
-        --out runs/study
-    python scripts/label_free_study.py judge --out runs/study           # results/label_free.json and a table
+    python scripts/label_free_study.py run --data runs/cvd/split/pretrain --train runs/cvd/split/pool \
+        --test runs/cvd/split/development --out runs/study
+    python scripts/label_free_study.py judge                            # results/label_free.json and a table
 
-Cost on two cores with bf16: 48 × 4 minutes of pretraining, then 48 × about 2 minutes. What is finished is not done
-again, so that it can be run over several days. The photos are split by `scripts/cats_vs_dogs.py split`; the truth is
-asked of the development photos, and no test photo is read.
+Cost on two cores with bf16: 48 × 4 minutes of pretraining and 48 × about 2 of measuring, run by run. What is measured
+of a run lies in results/label_free/ and is not done again, so that it can be run over several days, or by several such
+machines. The photos are split by `scripts/cats_vs_dogs.py split`; the truth is asked of the development photos, and no
+test photo is read.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from unlabel.cli import main as command_line
 from unlabel.runfolder import RunFolder, commit, hardware, versions
 from unlabel.sources import open_source
 
+ROWS = Path("results/label_free")
 SIZE, MINUTES = 48, 4
 # Two ways of setting each task; with two learning rates and two sizes of the crop that makes eight.
 TASKS = {
@@ -76,31 +77,40 @@ def runs() -> Iterator[Run]:
             yield Run(f"{task}-{''.join(map(str, bits))}", task, flags, 8 * t + k)
 
 
-def pretrain(args: argparse.Namespace) -> None:
+def run_all(args: argparse.Namespace) -> None:
+    """Each run is pretrained, then measured."""
+    ROWS.mkdir(parents=True, exist_ok=True)
     for run in runs():
-        words = ["pretrain", run.task, "--data", args.data, "--out", str(args.out / "runs" / run.name)]
-        words += ["--image-size", str(SIZE), "--minutes", str(MINUTES), "--seed", str(run.seed)]
-        words += [word for flag in run.flags for word in flag.split()]
-        print(f"\n$ unlabel {shlex.join(words)}", flush=True)
-        if code := command_line(words):
-            raise SystemExit(code)
+        if not (ROWS / f"{run.name}.json").exists():
+            folder = pretrain(run, args.data, args.out)
+            row = measure(run, folder, args.train, args.test) | {"hardware": hardware(), "commit": commit()}
+            write_atomic(ROWS / f"{run.name}.json", (json.dumps(row, indent=1) + "\n").encode())
 
 
-def measure(args: argparse.Namespace) -> None:
-    """The scores, the truth, and what few labels would say; each run's into a file of its own."""
-    for run in runs():
-        folder, out = args.out / "runs" / run.name, args.out / "measured" / run.name
-        if (out / "row.json").exists() or not (folder / "backbone.safetensors").exists():
-            continue
-        words = ["evaluate", str(folder), "--train", args.train, "--test", args.test, "--out", str(out)]
-        words += ["--protocol", "linear", "--draws", str(DRAWS), "--labels-per-class", *map(str, COUNTS)]
-        words += ["--label-free", *([] if run.name == RANDOM_BESIDE else ["--no-controls"])]
-        print(f"\n$ unlabel {shlex.join(words)}", flush=True)
-        if code := command_line(words):
-            raise SystemExit(code)
-        row = row_of(run, folder, json.loads((out / "results.json").read_text()))
-        row |= {"picked": few_labels(folder, args.train), "commit": commit()}
-        write_atomic(out / "row.json", json.dumps(row, indent=1).encode())
+def unlabel(*words: str) -> None:
+    print(f"\n$ unlabel {shlex.join(words)}", flush=True)
+    if code := command_line([*words]):
+        raise SystemExit(code)
+
+
+def pretrain(run: Run, data: str, out: Path) -> Path:
+    folder = out / run.name
+    unlabel(
+        "pretrain", run.task, "--data", data, "--out", str(folder), "--image-size", str(SIZE),
+        "--minutes", str(MINUTES), "--seed", str(run.seed), *(word for flag in run.flags for word in flag.split()),
+    )  # fmt: skip
+    return folder
+
+
+def measure(run: Run, folder: Path, train: str, test: str) -> dict[str, Any]:
+    """The scores, the truth, and what few labels would say."""
+    out = folder / "evaluation"
+    unlabel(
+        "evaluate", str(folder), "--train", train, "--test", test, "--out", str(out), "--protocol", "linear",
+        "--draws", str(DRAWS), "--labels-per-class", *map(str, COUNTS), "--label-free",
+        *([] if run.name == RANDOM_BESIDE else ["--no-controls"]),
+    )  # fmt: skip
+    return row_of(run, folder, json.loads((out / "results.json").read_text())) | {"picked": few_labels(folder, train)}
 
 
 def scores_of(results: dict[str, Any], arm: str) -> dict[str, float]:
@@ -305,15 +315,14 @@ def judged(rows: list[dict[str, Any]], resamples: int = RESAMPLES) -> dict[str, 
     return found
 
 
-def judge(args: argparse.Namespace) -> None:
-    rows = [json.loads(p.read_text()) for p in sorted((args.out / "measured").glob("*/row.json"))]
+def judge(_: argparse.Namespace) -> None:
+    rows = [json.loads(p.read_text()) for p in sorted(ROWS.glob("*.json"))]
     missing = sorted({r.name for r in runs()} - {r["name"] for r in rows})
     if missing:
         raise SystemExit(f"{len(missing)} of 48 runs are not measured yet: {', '.join(missing[:6])} …")
     found = judged(rows)
-    about = {"runs": rows, "judged": found, "hardware": hardware(), "versions": versions(), "commit": commit()}
-    Path("results").mkdir(exist_ok=True)
-    Path("results/label_free.json").write_text(json.dumps(about, indent=1) + "\n")
+    about = {"judged": found, "versions": versions(), "commit": commit()}
+    ROWS.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     for count, part in found.items():
         print(f"\ntruth: linear probe, {count} labels per class; split halves {part['reliability']}")
         print(f"regret of a random pick {part['random_pick']:.1f}, by labels {part['picked_by_labels']}")
@@ -332,12 +341,12 @@ def judge(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(required=True)
-    for part, needed in ((pretrain, ["--data"]), (measure, ["--train", "--test"]), (judge, [])):
-        sub = parts.add_parser(part.__name__)
-        for name in needed:
-            sub.add_argument(name, required=True)
-        sub.add_argument("--out", type=Path, default=Path("runs/study"))
-        sub.set_defaults(part=part)
+    run = parts.add_parser("run")
+    for name in ("--data", "--train", "--test"):
+        run.add_argument(name, required=True)
+    run.add_argument("--out", type=Path, default=Path("runs/study"))
+    run.set_defaults(part=run_all)
+    parts.add_parser("judge").set_defaults(part=judge)
     args = parser.parse_args()
     args.part(args)
 

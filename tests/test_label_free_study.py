@@ -218,22 +218,20 @@ def test_few_labels_are_judged_by_the_other_half(digits_folder: Path, tmp_path: 
     assert fits[len(again) :] == again
 
 
-def test_pretrain_and_measure(digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_runs_are_pretrained_and_measured_once(digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     some = [r for r in study.runs() if r.name in ("rotation-000", "inpainting-111")]
     for name, value in {"runs": lambda: iter(some), "SIZE": 16, "MINUTES": 0.01, "COUNTS": (2, 5), "DRAWS": 2,
-                        "PICK_DRAWS": 4}.items():  # fmt: skip
+                        "PICK_DRAWS": 4, "ROWS": tmp_path / "rows"}.items():  # fmt: skip
         monkeypatch.setattr(study, name, value)
     source = str(digits_folder)
-    args = argparse.Namespace(data=source, train=source, test=None, out=tmp_path)
-    study.pretrain(args)
     test = tmp_path / "test"
     for path in sorted(digits_folder.rglob("*.png"))[::4]:
         link = test / path.relative_to(digits_folder)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.write_bytes(path.read_bytes())
-    args.test = str(test)
-    study.measure(args)
-    rows = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "measured").glob("*/row.json")}
+    args = argparse.Namespace(data=source, train=source, test=str(test), out=tmp_path)
+    study.run_all(args)
+    rows = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "rows").glob("*.json")}
     assert set(rows) == {"rotation-000", "inpainting-111"}
     for row in rows.values():
         assert {k: len(v) for k, v in row["accuracy"].items()} == {"2": 2, "5": 2}
@@ -244,3 +242,7 @@ def test_pretrain_and_measure(digits_folder: Path, tmp_path: Path, monkeypatch: 
     assert "rotation_probe" in rows["rotation-000"]["random"]["scores"]
     assert "random" not in rows["inpainting-111"]
     assert set(rows["inpainting-111"]["scores"]) == set(study.SCORES)
+
+    monkeypatch.setattr(study, "runs", lambda: iter(some))
+    monkeypatch.setattr(study, "pretrain", lambda *_: pytest.fail("what is measured is not run again"))
+    study.run_all(args)

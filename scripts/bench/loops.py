@@ -45,6 +45,7 @@ __all__ = ["Setting", "best_workers", "blocks_of_steps", "limit", "race", "same_
 
 CPU = torch.device("cpu")
 EPOCH = 20_000  # images: how often the loop saves a checkpoint, as it would with so many
+PLANNED = 200  # epochs of a run that is stopped after a few: it draws previews and logs as often as a run does
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,12 @@ def stable_pretraining(setting: Setting, workers: int) -> Measure:
     return stable_pretraining_epochs(setting.folder, setting.size, setting.batch_size, model, adamw, workers)
 
 
+class Enough(Exception):
+    """The run has gone as far as it is measured."""
+
+
 def unlabel_run(setting: Setting, epochs: int, on_epoch: Callable[[float, int], None]) -> None:
-    """What the command runs, from an empty cache: ``on_epoch`` gets the seconds of each epoch.
+    """What the command runs, from an empty cache, for its first ``epochs``: ``on_epoch`` gets the seconds of each.
 
     The first begins where the command does after its imports, and packs the images. Between the epochs others may run:
     that is not timed.
@@ -178,21 +183,25 @@ def unlabel_run(setting: Setting, epochs: int, on_epoch: Callable[[float, int], 
     with tempfile.TemporaryDirectory() as temporary, packed_in(f"{temporary}/cache"):
         config = PretrainConfig(
             (setting.task,), (str(setting.folder),), Path(temporary) / "run", backbone=setting.network,
-            image_size=setting.size, epochs=epochs, log_every=epoch, progressive=False, batch_size=setting.batch_size,
+            image_size=setting.size, epochs=PLANNED, log_every=epoch, progressive=False, batch_size=setting.batch_size,
             device="cpu" if setting.device.type == "cpu" else "cuda",
             checkpoint_every=max(1, EPOCH // setting.batch_size),
         )  # fmt: skip
-        log, begun = RunFolder.log, time.perf_counter()
+        log, begun, left = RunFolder.log, time.perf_counter(), epochs
 
         def logged(self: RunFolder, line: dict) -> None:
-            nonlocal begun
+            nonlocal begun, left
             log(self, line)
             on_epoch(time.perf_counter() - begun, epoch * setting.batch_size)
+            left -= 1
+            if not left:
+                raise Enough
             begun = time.perf_counter()
 
         RunFolder.log = logged
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+            with contextlib.suppress(Enough), quiet[0], quiet[1]:
                 begun = time.perf_counter()
                 pretrain(config)
         finally:
