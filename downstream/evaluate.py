@@ -205,7 +205,7 @@ class ArmFiller:
             presets = [repr(p) for p in self.table.presets(count, scratch)]
             presets += [repr(self.table.student(count, scratch))] if protocol == "self-training" else []
             key += [ft.view_size(self.table.image_size), self.table.top_layers, presets]
-            key += [] if self._flip else ["no flip"]
+            key += [] if self._flip else ["no flip", ft.UNMIRRORED_CROP]
             key += [] if self.table.augment else ["no augmentation"]
         return key
 

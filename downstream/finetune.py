@@ -42,7 +42,7 @@ class Preset:
     weight_decay: float = 0.05
     batch_size: int = 32
     ema: float = 0.98  # averaged weights are the result
-    crop: float = 0.3  # smallest area of a view
+    crop: float = 0.3  # smallest area of a view; of images that are not mirrored, UNMIRRORED_CROP at least
     larger: bool = True  # train on views as large as the images that are classified, not as in pretraining
 
 
@@ -72,6 +72,10 @@ _SCRATCH_MANY = (
 PACKED_FROM = 48
 
 
+# Digits and text, whose mirror image is another thing, are another thing with most of it cut off, too.
+UNMIRRORED_CROP = 0.6
+
+
 def view_size(image_size: int) -> int:
     """Height = width of the images that a network pretrained at ``image_size`` is fine-tuned on and classifies."""
     return cache_side(image_size) if image_size >= PACKED_FROM else image_size
@@ -90,7 +94,8 @@ class Growth:
         return max(wanted, math.ceil(self.at_least * labels / batch_size))
 
 
-# Tuned where there are three presets; the fixed ones below 25 labels per class grow with many classes only.
+# Below 25 labels per class the steps grow with the classes: from scratch as they do above, since ten labels of ten
+# digits each wanted three times as many as of two animals; pretrained, only by the passes that all get at least.
 GROWTH = Growth(passes=26, steps=500, at_least=8)
 SCRATCH_GROWTH = Growth(passes=96, steps=1500, at_least=16)
 
@@ -107,7 +112,7 @@ def presets_for(per_class: int, scratch: bool, top_layers: int | None = None, la
         if top_layers is not None:
             presets = tuple(replace(p, top_layers=top_layers) for p in presets)
     growth = SCRATCH_GROWTH if scratch else GROWTH
-    if per_class < choosing.MANY:
+    if per_class < choosing.MANY and not scratch:
         growth = replace(growth, steps=0)
     return tuple(replace(p, steps=max(p.steps, growth.steps_for(labels, p.batch_size))) for p in presets)
 
@@ -186,12 +191,13 @@ def train(
     labels = torch.as_tensor(y, device=device)
     labels = labels if labels.is_floating_point() else labels.long()
     batch_size = min(preset.batch_size, max(2, len(y)))
+    smallest = preset.crop if start.spec.flip else max(preset.crop, UNMIRRORED_CROP)
     for step in range(preset.steps):
         epochs, indices = batch_at(seed, step, batch_size, len(y))
         draws = Draws(seed, epochs.tolist(), indices.tolist(), device=device)
         source = torch.from_numpy(np.array(images[indices])).to(device)
         if augment:
-            views = random_view(source, size, draws, area=(preset.crop, 1.0), ratio=1.25, flip=start.spec.flip)
+            views = random_view(source, size, draws, area=(smallest, 1.0), ratio=1.25, flip=start.spec.flip)
             views = cutout(colour_jitter(views, draws, 0.2), draws)
         else:
             views = clean(source, size)

@@ -79,6 +79,7 @@ def short(monkeypatch: pytest.MonkeyPatch):
         preset = dataclasses.replace(getattr(st, name), steps=30, batch_size=16, lr=3e-3)
         monkeypatch.setattr(st, name, preset)
     monkeypatch.setattr(ft, "_SCRATCH_FEW", (dataclasses.replace(ft._SCRATCH_FEW[0], steps=2),))
+    monkeypatch.setattr(ft, "SCRATCH_GROWTH", ft.Growth(passes=0, steps=0, at_least=0))
     return monkeypatch
 
 
