@@ -87,7 +87,7 @@ def run_all(args: argparse.Namespace) -> None:
             write_atomic(ROWS / f"{run.name}.json", (json.dumps(row, indent=1) + "\n").encode())
 
 
-def unlabel(*words: str) -> None:
+def command(*words: str) -> None:
     print(f"\n$ unlabel {shlex.join(words)}", flush=True)
     if code := command_line([*words]):
         raise SystemExit(code)
@@ -95,7 +95,7 @@ def unlabel(*words: str) -> None:
 
 def pretrain(run: Run, data: str, out: Path) -> Path:
     folder = out / run.name
-    unlabel(
+    command(
         "pretrain", run.task, "--data", data, "--out", str(folder), "--image-size", str(SIZE),
         "--minutes", str(MINUTES), "--seed", str(run.seed), *(word for flag in run.flags for word in flag.split()),
     )  # fmt: skip
@@ -105,7 +105,7 @@ def pretrain(run: Run, data: str, out: Path) -> Path:
 def measure(run: Run, folder: Path, train: str, test: str) -> dict[str, Any]:
     """The scores, the truth, and what few labels would say."""
     out = folder / "evaluation"
-    unlabel(
+    command(
         "evaluate", str(folder), "--train", train, "--test", test, "--out", str(out), "--protocol", "linear",
         "--draws", str(DRAWS), "--labels-per-class", *map(str, COUNTS), "--label-free",
         *([] if run.name == RANDOM_BESIDE else ["--no-controls"]),
