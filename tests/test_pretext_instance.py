@@ -90,7 +90,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path: Path):
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ran = subprocess.run([*torchrun, str(tmp_path / "two.py")], capture_output=True, text=True)
-    assert ran.stdout.split() == ["equal", "equal"], ran.stderr[-2000:]
+    assert ran.stdout.count("equal") == 2, ran.stderr[-2000:]  # the two may print into one line
 
 
 def batch_of(images: torch.Tensor, epoch: int = 0) -> Batch:
