@@ -18,12 +18,12 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from pretext.task import Batch, PretextTask, Recipe
-from unlabel.augment import colour_jitter
+from unlabel.augment import colour_jitter, four_rotations
 from unlabel.backbone import Backbone
 from unlabel.batchnorm import has_batchnorm
 from unlabel.errors import UserError
 
-__all__ = ["Rotation", "four_rotations"]
+__all__ = ["Rotation"]
 
 WIDE = 512  # channels
 
@@ -36,16 +36,6 @@ class Config:
     """Brightness, contrast and saturation vary by this factor; the same for all four views of an image."""
     grey: float = 0.1
     """Share of images that are turned grey."""
-
-
-def four_rotations(images: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C, S, S) to (4N, C, S, S) and labels (4N,): N upright, then N turned by 90, 180, 270 degrees.
-
-    ``rot90`` moves pixels and computes nothing: no interpolation, no border, nothing to read the angle from.
-    """
-    views = torch.cat([torch.rot90(images, k, (2, 3)) for k in range(4)])
-    labels = torch.arange(4, device=images.device).repeat_interleave(len(images))
-    return views, labels
 
 
 def residual_block(backbone: Backbone) -> BasicBlock | Bottleneck:

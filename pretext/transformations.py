@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretext.rotation import four_rotations, residual_block
+from pretext.rotation import residual_block
 from pretext.task import Batch, PretextTask, Recipe
+from unlabel.augment import four_rotations
 from unlabel.backbone import Backbone
 from unlabel.errors import UserError
 

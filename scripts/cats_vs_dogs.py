@@ -31,9 +31,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pretext.rotation import Rotation, four_rotations, pairwise_accuracy
+from pretext.rotation import Rotation, pairwise_accuracy
 from unlabel import checkpoint
-from unlabel.augment import clean
+from unlabel.augment import clean, four_rotations
 from unlabel.backbone import load_backbone
 from unlabel.cache import ImageCache, load_cache
 from unlabel.cli import main as command_line

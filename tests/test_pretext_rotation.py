@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretext.rotation import Rotation, four_rotations, pairwise_accuracy
+from pretext.rotation import Rotation, pairwise_accuracy
 from pretext.task import Batch
-from unlabel.augment import random_view
+from unlabel.augment import four_rotations, random_view
 from unlabel.backbone import build_backbone
 from unlabel.draws import Draws
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unlabel.draws import Draws
 
-__all__ = ["clean", "colour_jitter", "random_crop", "random_view", "to_float"]
+__all__ = ["clean", "colour_jitter", "four_rotations", "random_crop", "random_view", "to_float"]
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -65,6 +65,16 @@ def random_crop(
         source = F.interpolate(source, size=(shorter, shorter), mode="bilinear", antialias=True)
     out = F.grid_sample(source, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return out.clamp_(0, 1)
+
+
+def four_rotations(images: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, C, S, S) to (4N, C, S, S) and labels (4N,): N upright, then N turned by 90, 180, 270 degrees.
+
+    ``rot90`` moves pixels and computes nothing: no interpolation, no border, nothing to read the angle from.
+    """
+    views = torch.cat([torch.rot90(images, k, (2, 3)) for k in range(4)])
+    labels = torch.arange(4, device=images.device).repeat_interleave(len(images))
+    return views, labels
 
 
 def colour_jitter(images: Tensor, draws: Draws, strength: float, grey: float = 0.0) -> Tensor:
