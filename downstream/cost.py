@@ -10,6 +10,7 @@ import torch
 
 from downstream import finetune as ft
 from downstream import label_free as lf
+from downstream.s4l import UNLABELLED
 from downstream.table import STATISTICS_IMAGES, TRAINED, Arm, Table
 from unlabel.backbone import build_backbone, channels_last
 from unlabel.precision import autocast, pick_precision
@@ -33,12 +34,16 @@ def print_cost(table: Table, arms: Sequence[Arm], label_free: bool = False) -> N
         networks += len(arm.seeds) * (arm.kind in ("backbone", "random"))
         for count, _ in plan if set(TRAINED) & set(protocols) else []:
             n, presets = table.labels(count), table.presets(count, arm.kind == "scratch")
-            runs = [(p, n) for p in ([*presets, presets[-1]] if len(presets) > 1 else presets)]
+            tuned = [*presets, presets[-1]] if len(presets) > 1 else presets  # the best one once more, on all labels
+            runs = [(p, min(p.batch_size, n)) for p in tuned] if {"finetune", "self-training"} & set(protocols) else []
             if "self-training" in protocols:
-                runs.append((table.student(count, arm.kind == "scratch"), n + len(table.unlabelled)))
+                student = table.student(count, arm.kind == "scratch")
+                runs.append((student, min(student.batch_size, n + len(table.unlabelled))))
                 named += len(arm.seeds) * len(table.unlabelled)
+            if "s4l" in protocols:
+                runs += [(p, min(p.batch_size, n) + 4 * min(UNLABELLED, len(table.unlabelled))) for p in tuned]
             for p, images in runs:
-                seen = len(arm.seeds) * p.steps * min(p.batch_size, images)
+                seen = len(arm.seeds) * p.steps * images
                 passes += seen
                 work += seen * (1.0 if p.larger else smaller)
     there, back, width = _measured(table)

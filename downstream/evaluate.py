@@ -28,6 +28,7 @@ from downstream.controls import Patches, Pixels
 from downstream.features import BlockStats, StageFeatures, block_stats, extract, feature_stats, joined
 from downstream.knn import fit_knn
 from downstream.probe import fit_head, fit_probe
+from downstream.s4l import SETTING
 from downstream.table import STATISTICS_IMAGES, TRAINED, Arm, Count, Images, Table, control_arms
 from unlabel.augment import clean
 from unlabel.backbone import Backbone, build_backbone, load_backbone, read_spec, stem_for
@@ -199,11 +200,12 @@ class ArmFiller:
         labels = hashlib.sha256(self._draws.indices(draw, count).astype("<i8").tobytes()).hexdigest()
         key: list[Any] = [*self.identity, protocol, count, draw, stage, labels]
         scratch = self.arm.kind == "scratch"
-        if not scratch or protocol == "self-training":
+        if not scratch or protocol in ("self-training", "s4l"):
             key += [self.table.unlabelled_id]
         if protocol in TRAINED:
             presets = [repr(p) for p in self.table.presets(count, scratch)]
             presets += [repr(self.table.student(count, scratch))] if protocol == "self-training" else []
+            presets += [SETTING] if protocol == "s4l" else []
             key += [ft.view_size(self.table.image_size), self.table.top_layers, presets]
             key += [] if self._flip else ["no flip", ft.UNMIRRORED_CROP]
             key += [] if self.table.augment else ["no augmentation"]
@@ -239,6 +241,8 @@ class ArmFiller:
             classifier, about = self._tuned(count, draw, rows, on_step)
             if "self-training" in self.table.protocols and not self.store.get(self._key("self-training", count, draw)):
                 self._teachers[count, draw] = self._teacher(classifier, about)
+        elif protocol == "s4l":
+            classifier, about = self._tuned(count, draw, rows, on_step, self.table.unlabelled)
         else:
             classifier, about = self._self_trained(count, draw, rows, on_step)
         if keep is not None:
@@ -252,12 +256,15 @@ class ArmFiller:
         pool = self.table.pool
         return fit_head(self._head_inputs(Rows(pool.pixels, rows)), pool.y[rows], self._head_stats)
 
-    def _tuned(self, count: Count, draw: int, rows: np.ndarray, on_step: Any) -> tuple[ft.Classifier, dict[str, Any]]:
+    def _tuned(
+        self, count: Count, draw: int, rows: np.ndarray, on_step: Any, unlabelled: Any = None
+    ) -> tuple[ft.Classifier, dict[str, Any]]:
+        """Fine-tuned; by S4L where ``unlabelled`` images are given."""
         table, scratch = self.table, self.arm.kind == "scratch"
         tuned = ft.finetune(
             self._start, Rows(table.pool.pixels, rows), table.pool.y[rows], len(table.classes),
             table.presets(count, scratch), head=lambda local: self._head(rows[local]), seed=draw, device=table.device,
-            on_step=on_step, augment=table.augment,
+            on_step=on_step, augment=table.augment, unlabelled=unlabelled,
         )  # fmt: skip
         return tuned.model, {"chosen": tuned.chosen, "on_grid_edge": tuned.on_grid_edge, "steps": tuned.steps}
 

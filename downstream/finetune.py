@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from downstream import choosing
+from downstream.s4l import Turns
 from unlabel.augment import clean, colour_jitter, random_view
 from unlabel.backbone import Backbone, channels_last, parameter_stages
-from unlabel.cache import Rows, cache_side
+from unlabel.cache import Pixels, Rows, cache_side
 from unlabel.draws import Draws, mix
 from unlabel.errors import UserError
 from unlabel.order import batch_at
@@ -170,11 +171,11 @@ def _groups(model: Classifier, preset: Preset) -> list[dict[str, Any]]:
 def train(
     start: Backbone, head: tuple[np.ndarray, np.ndarray] | None, images: Any, y: np.ndarray,
     classes: int, preset: Preset, seed: int, device: torch.device, on_step: Callable[[int], None] | None,
-    augment: bool = True,
+    augment: bool = True, unlabelled: Pixels | None = None,
 ) -> Classifier:  # fmt: skip
     """``preset.steps`` steps on images (n, R, R, 3) uint8; labels y: (n,) whole numbers, or (n, K) probabilities.
 
-    Returns averaged weights.
+    ``unlabelled`` (N, R, R, 3): each step also names the turns of some of these (S4L). Returns averaged weights.
     """
     torch.manual_seed(mix(seed, "finetune"))
     model = channels_last(Classifier(copy.deepcopy(start), classes).to(device))
@@ -184,14 +185,19 @@ def train(
             model.head.bias.copy_(torch.as_tensor(head[1]))
         else:
             model.head.weight.mul_(0.1)
-    optimizer = torch.optim.AdamW(_groups(model, preset))
+    groups, smallest = _groups(model, preset), preset.crop if start.spec.flip else max(preset.crop, UNMIRRORED_CROP)
+    turns = None
+    if unlabelled is not None:
+        turns = Turns(unlabelled, start.channels, seed, (smallest, 1.0), start.spec.flip).to(device)
+        groups.append({"params": [*turns.parameters()], "peak": preset.lr, "weight_decay": preset.weight_decay})
+    trained = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups)
     average = copy.deepcopy(model)
     precision, own = pick_precision("auto", device), start.spec.image_size
     size = view_size(own) if preset.larger else own
     labels = torch.as_tensor(y, device=device)
     labels = labels if labels.is_floating_point() else labels.long()
     batch_size = min(preset.batch_size, max(2, len(y)))
-    smallest = preset.crop if start.spec.flip else max(preset.crop, UNMIRRORED_CROP)
     for step in range(preset.steps):
         epochs, indices = batch_at(seed, step, batch_size, len(y))
         draws = Draws(seed, epochs.tolist(), indices.tolist(), device=device)
@@ -201,6 +207,7 @@ def train(
             views = cutout(colour_jitter(views, draws, 0.2), draws)
         else:
             views = clean(source, size)
+        turned, which = turns.views(step, size) if turns else (views[:0], labels[:0])
         progress = step / preset.steps
         factor = min(1.0, (step + 1) / (0.1 * preset.steps)) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
@@ -209,10 +216,12 @@ def train(
         if preset.batchnorm == "eval":
             model.backbone.eval()
         with autocast(device, precision):
-            logits = model(views)
-        loss = F.cross_entropy(logits.float(), labels[indices], label_smoothing=0.1)
+            pooled = model.backbone(torch.cat([views, turned]).contiguous(memory_format=torch.channels_last)).pooled
+            logits = model.head(pooled[: len(views)])
+            loss = F.cross_entropy(logits.float(), labels[indices], label_smoothing=0.1)
+            loss = loss + turns.loss(pooled[len(views) :], which) if turns else loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        torch.nn.utils.clip_grad_norm_(trained, 5.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         blend(average, model, min(preset.ema, (step + 1) / (step + 10)))
@@ -271,12 +280,14 @@ def finetune(
     backbone: Backbone, images: np.ndarray | Rows, y: np.ndarray, classes: int, presets: Sequence[Preset], *,
     head: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray] | None] | None = None, seed: int = 0,
     device: torch.device | str = "cpu", on_step: Callable[[int], None] | None = None, augment: bool = True,
+    unlabelled: Pixels | None = None,
 ) -> FineTuned:  # fmt: skip
     """Fine-tune on images (n, R, R, 3) uint8 with labels y (n,) in 0 … classes - 1.
 
     ``head(rows)`` gives the starting point (W (K, C), b (K,)) from a probe fitted on those rows only; None (scratch):
     a small random one. With several presets, one stratified 80/20 split chooses by log-loss, and the winner is refit
     on all images with the same number of steps. Nothing looks at a test image. ``augment`` false: images as they are.
+    ``unlabelled``: see ``train``.
     """
     if len(np.unique(y)) < 2:
         raise UserError("fine-tuning needs images of at least two classes")
@@ -284,8 +295,8 @@ def finetune(
     everything = np.arange(len(y))
 
     def fit(rows: np.ndarray, preset: Preset) -> Classifier:
-        start = head(rows) if head else None
-        return train(backbone, start, Rows(images, rows), y[rows], classes, preset, seed, device, on_step, augment)
+        start, given = head(rows) if head else None, Rows(images, rows)
+        return train(backbone, start, given, y[rows], classes, preset, seed, device, on_step, augment, unlabelled)
 
     losses: list[float] = []
     if len(presets) > 1:

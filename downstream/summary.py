@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -70,15 +71,15 @@ def summarise(
 
 
 def _over_finetuning(table: ev.Table, arms: Sequence[ev.Arm], correct: ev.Predictions) -> Iterator[dict[str, Any]]:
-    """What self-training adds to the fine-tuning of the same arm, which ``versus_protocol`` names."""
-    for arm in arms:
+    """What self-training and S4L add to the fine-tuning of the same arm, which ``versus_protocol`` names."""
+    for arm, protocol in itertools.product(arms, ev.TRAINED[1:]):
         for count in table.counts:
-            pair = [correct.get((arm.name, protocol, count, None)) for protocol in ("self-training", "finetune")]
+            pair = [correct.get((arm.name, p, count, None)) for p in (protocol, "finetune")]
             if pair[0] is None or pair[1] is None:
                 continue
             e = stats.paired(*stats.alike(pair[0], pair[1]), table.test.clusters)
             yield {
-                "arm": arm.name, "versus": arm.name, "protocol": "self-training", "versus_protocol": "finetune",
+                "arm": arm.name, "versus": arm.name, "protocol": protocol, "versus_protocol": "finetune",
                 "labels_per_class": count, "difference": e.mean, "ci_low": e.ci_low, "ci_high": e.ci_high,
                 "verdict": stats.verdict(e.ci_low, e.ci_high), "primary": False, "n_draws": e.n_draws,
                 "n_seeds": e.n_seeds, "unit": e.unit, "note": e.note,
@@ -118,8 +119,8 @@ def _forecasts(table: ev.Table, tasks: Sequence[ev.Arm], correct: ev.Predictions
 
 
 _VERSUS = [
-    ("scratch", "finetune"), ("scratch", "self-training"), ("random", "linear"), ("random", "knn"),
-    ("patches", "linear"), ("patches", "knn"), ("pixels", "linear"), ("pixels", "knn"),
+    ("scratch", "finetune"), ("scratch", "self-training"), ("scratch", "s4l"), ("random", "linear"),
+    ("random", "knn"), ("patches", "linear"), ("patches", "knn"), ("pixels", "linear"), ("pixels", "knn"),
 ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from unlabel.cache import cache_side
 __all__ = ["STATISTICS_IMAGES", "TRAINED", "Arm", "Count", "Images", "Table", "control_arms"]
 
 Count: TypeAlias = int | Literal["all"]
-TRAINED = ("finetune", "self-training")  # protocols that train the network itself
+TRAINED = ("finetune", "self-training", "s4l")  # protocols that train the network itself
 STATISTICS_IMAGES = 2048  # unlabelled images for standardising and for a random backbone's BatchNorm
 
 
@@ -107,8 +107,8 @@ class Table:
 
     @property
     def product(self) -> str:
-        """The protocol whose classifier is kept: fine-tuning, or self-training where that alone is asked for."""
-        return "self-training" if "finetune" not in self.protocols else "finetune"
+        """The protocol whose classifier is kept: of those that are asked for, the first that trains the network."""
+        return next((p for p in TRAINED if p in self.protocols), "finetune")
 
     def presets(self, count: Count, scratch: bool) -> tuple[ft.Preset, ...]:
         """How a fit with this many labels per class is fine-tuned."""

@@ -12,7 +12,7 @@ import tyro
 __all__ = ["BACKBONES", "CompareConfig", "EvaluateConfig", "OwnBackbone", "PretrainConfig"]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Protocol = Literal["linear", "knn", "finetune", "self-training"]
+Protocol = Literal["linear", "knn", "finetune", "self-training", "s4l"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class FewLabels:
     """CSV of name,label for images that are not in class folders."""
     protocol: tuple[Protocol, ...] = ("linear", "knn", "finetune")
     """What to measure. `self-training`: fine-tuning, then again with the unlabelled images as it names them (the
-    classes taken to be equally common)."""
+    classes taken to be equally common). `s4l`: fine-tuning while the turns of unlabelled images are named, too."""
     labels_per_class: tuple[str, ...] | None = None
     """Label counts; `all` takes every label (default: of 1 10 50 those that there are)."""
     draws: int = 10

@@ -32,6 +32,7 @@ _ABOUT_PROTOCOLS = {
     "knn": "The backbone stays frozen; an image gets the class of the nearest labelled ones.",
     "finetune": "The backbone itself is trained further on the labels.",
     "self-training": "What the fine-tuned network says of the unlabelled images trains a second one, with the labels.",
+    "s4l": "Fine-tuning, and each of its steps also names the turns of unlabelled images.",
 }
 _ABOUT_CONTROLS = {
     "scratch": "The network from random weights, without pretraining, trained as the others are, for no fewer steps.",

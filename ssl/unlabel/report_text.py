@@ -12,7 +12,13 @@ from typing import Any
 
 Row = dict[str, Any]
 
-PROTOCOLS = {"linear": "linear probe", "knn": "k-NN", "finetune": "fine-tuning", "self-training": "self-training"}
+PROTOCOLS = {
+    "linear": "linear probe",
+    "knn": "k-NN",
+    "finetune": "fine-tuning",
+    "self-training": "self-training",
+    "s4l": "S4L",
+}
 CONTROLS = {
     "scratch": "training from scratch",
     "random": "a random backbone",
@@ -24,6 +30,7 @@ ACCURACY_OF = {
     "knn": "k-NN accuracy",
     "finetune": "fine-tuned accuracy",
     "self-training": "self-trained accuracy",
+    "s4l": "S4L accuracy",
 }
 
 
@@ -59,7 +66,7 @@ def arms_of(rows: Iterable[Row]) -> list[str]:
 
 
 def protocols_of(rows: Iterable[Row]) -> list[str]:
-    """Protocols in the order linear, k-NN, fine-tuning, self-training, then any other."""
+    """Protocols in the order of PROTOCOLS, then any other."""
     names = [str(name) for name in unique(row.get("protocol") for row in rows) if name is not None]
     return [n for n in PROTOCOLS if n in names] + [n for n in names if n not in PROTOCOLS]
 
@@ -158,7 +165,8 @@ def primary_row(results: dict[str, Any]) -> Row | None:
     named = next((row for row in paired if row.get("primary") is True), None)
     if named is not None:
         return named
-    for protocol, versus in (("finetune", "scratch"), ("self-training", "scratch"), ("linear", "random")):
+    trained = ("finetune", "self-training", "s4l")
+    for protocol, versus in (*((p, "scratch") for p in trained), ("linear", "random")):
         row = _middle([r for r in paired if r.get("protocol") == protocol and r.get("versus") == versus])
         if row is not None:
             return row
