@@ -310,6 +310,16 @@ def test_three_seeds_are_the_unit_of_the_interval(digits_folder: Path, tmp_path:
     assert len([r for r in results["rows"] if r["arm"] == "rotation+denoising"]) == 6
 
 
+def test_the_stem_is_the_tasks_and_the_controls(digits_folder: Path, tmp_path: Path, monkeypatch):
+    asked, tables = [], []
+    monkeypatch.setattr(compare, "pretrain", lambda config, exclude: asked.append(config))
+    monkeypatch.setattr(compare, "_fill_and_report", lambda table, *rest: tables.append(table) or tmp_path)
+    command = ["compare", "--data", str(digits_folder), "--train", str(digits_folder), "--out", str(tmp_path / "out")]
+    assert main([*command, "--image-size", "16", "--tasks", "rotation", "denoising", "--stem", "half"]) == 0
+    assert [c.stem for c in asked] == ["half", "half"]
+    assert [t.backbone for t in tables] == [("small", "half")]
+
+
 def test_given_test_set_loses_its_duplicates_from_the_pool(digits_folder: Path, tmp_path: Path):
     cache = load_cache(open_source(str(digits_folder)), 32)
     for k in range(0, 320, 8):

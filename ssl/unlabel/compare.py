@@ -99,7 +99,7 @@ def evaluate(config: EvaluateConfig) -> Path:
 def compare(config: CompareConfig) -> Path:
     """`unlabel compare`: pretrain × tasks, evaluate, report. Finished runs and cells are not done again."""
     _check_settings(config)
-    start = start_of(config.init, config.backbone, "auto")
+    start = start_of(config.init, config.backbone, config.stem)
     config = dataclasses.replace(config, backbone=start.backbone)
     refuse_out_inside_data(config.out, (*config.data, config.train, config.test))
     source = open_source(config.data)
@@ -184,7 +184,7 @@ def _seed(about: Mapping[str, Any]) -> int:
 def _pretrain_config(config: CompareConfig, name: str, seed: int, out: Path, image_size: int | None) -> PretrainConfig:
     tasks = tuple(name.split("+"))
     return PretrainConfig(
-        tasks=tasks, data=config.data, out=out, backbone=config.backbone, image_size=image_size,
+        tasks=tasks, data=config.data, out=out, backbone=config.backbone, stem=config.stem, image_size=image_size,
         epochs=config.epochs, minutes=config.minutes, batch_size=config.batch_size, seed=seed, device=config.device,
         precision=config.precision, flip=config.flip, max_skipped=config.max_skipped,
         init=config.init, task_settings={t: config.task_settings[t] for t in tasks if t in config.task_settings},

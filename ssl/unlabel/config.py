@@ -13,6 +13,7 @@ __all__ = ["BACKBONES", "CompareConfig", "EvaluateConfig", "OwnBackbone", "Pretr
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Protocol = Literal["linear", "knn", "finetune", "self-training", "s4l"]
+Stem = Literal["auto", "small", "half", "timm"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class PretrainConfig:
     """One loss weight per task (default: all 1)."""
     backbone: str | None = None
     """`small` (the default), the name of a timm ConvNet, or a dense network: `mlp:1000-500-250`."""
-    stem: Literal["auto", "small", "half", "timm"] = "auto"
+    stem: Stem = "auto"
     """auto: a small-image stem below 48 px (with plain weights of --init: timm's); half: four times as fast."""
     image_size: int | None = None
     """Pixels (default: the data's median short side, clamped to 32-224)."""
@@ -199,6 +200,8 @@ class CompareConfig(FewLabels):
     """Pretraining seeds per arm; from three on, intervals are over seeds."""
     backbone: str | None = None
     """`small` (the default), the name of a timm ConvNet, or a dense network: `mlp:1000-500-250`."""
+    stem: Stem = "auto"
+    """auto: a small-image stem below 48 px (with plain weights of --init: timm's); half: four times as fast."""
     init: str | None = None
     """Start from a run's folder, FILE.safetensors or timm:NAME; those weights as they are become an arm, too."""
     image_size: int | None = None
