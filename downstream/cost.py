@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from downstream import choosing
 from downstream import finetune as ft
 from downstream import label_free as lf
 from downstream.s4l import UNLABELLED
@@ -34,7 +35,9 @@ def print_cost(table: Table, arms: Sequence[Arm], label_free: bool = False) -> N
         networks += len(arm.seeds) * (arm.kind in ("backbone", "random"))
         for count, _ in plan if set(TRAINED) & set(protocols) else []:
             n, presets = table.labels(count), table.presets(count, arm.kind == "scratch")
-            tuned = [*presets, presets[-1]] if len(presets) > 1 else presets  # the best one once more, on all labels
+            tuned = [presets[-1]]  # the best one, on all labels, and what it is chosen from
+            if len(presets) > 1:
+                tuned += [ft.on_trial(p, min(n, choosing.MAX_LABELS), n) for p in presets]
             runs = [(p, min(p.batch_size, n)) for p in tuned] if {"finetune", "self-training"} & set(protocols) else []
             if "self-training" in protocols:
                 student = table.student(count, arm.kind == "scratch")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from downstream import finetune as ft
 from downstream import self_training as st
-from downstream.choosing import Judged
+from downstream.choosing import MAX_LABELS, Judged
 from downstream.classifier import save_classifier, stored_key
 from downstream.controls import Patches, Pixels
 from downstream.features import BlockStats, StageFeatures, block_stats, extract, feature_stats, joined
@@ -206,6 +206,7 @@ class ArmFiller:
             presets = [repr(p) for p in self.table.presets(count, scratch)]
             presets += [repr(self.table.student(count, scratch))] if protocol == "self-training" else []
             presets += [SETTING] if protocol == "s4l" else []
+            presets += [f"chosen on {MAX_LABELS}"] if self.table.labels(count) > MAX_LABELS else []
             key += [ft.view_size(self.table.image_size), self.table.top_layers, presets]
             key += [] if self._flip else ["no flip", ft.UNMIRRORED_CROP]
             key += [] if self.table.augment else ["no augmentation"]

@@ -48,6 +48,8 @@ class Turns(nn.Module):
         views = random_view(source, size, draws, area=self.area, ratio=1.0, flip=self.flip)
         return four_rotations(colour_jitter(views, draws, 0.2))
 
-    def loss(self, pooled: Tensor, turns: Tensor) -> Tensor:
-        """Weighted cross-entropy of the turns (4B,), given the backbone's features (4B, C)."""
-        return WEIGHT * F.cross_entropy(self.classifier(pooled).float(), turns)
+    def loss(self, backbone: nn.Module, step: int, size: int) -> Tensor:
+        """Weighted cross-entropy of the turns of this step's images at ``size`` px."""
+        views, turns = self.views(step, size)
+        features = backbone(views.contiguous(memory_format=torch.channels_last)).pooled
+        return WEIGHT * F.cross_entropy(self.classifier(features).float(), turns)

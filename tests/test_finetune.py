@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from downstream import choosing
 from downstream import finetune as ft
 from downstream.classifier import load_classifier, save_classifier
 from unlabel.backbone import build_backbone
@@ -42,12 +43,13 @@ def test_steps_grow_with_the_labels():
     assert ft.presets_for(50, False, labels=100) == ft.presets_for(50, False)
     assert steps(False, 500) == {407}
     assert steps(True, 500) == {1500}
-    assert steps(False, 1_500) == {500}
+    assert steps(False, 4_000) == steps(False, 12_000) == {3250}
+    assert steps(True, 4_000) == steps(True, 24_000) == {12_000}
     assert steps(False, 32_000) == {8 * 1000}
     assert steps(True, 32_000) == {16 * 1000}
     assert [ft.presets_for(10, scratch, labels=20)[0].steps for scratch in (False, True)] == [100, 120]
     assert [ft.presets_for(10, scratch, labels=100)[0].steps for scratch in (False, True)] == [100, 300]
-    assert [ft.presets_for(10, scratch, labels=1_000)[0].steps for scratch in (False, True)] == [250, 1500]
+    assert [ft.presets_for(10, scratch, labels=1_000)[0].steps for scratch in (False, True)] == [250, 3000]
     for labels in (1, 20, 100, 500, 1_000, 3_000, 10_000, 60_000):
         assert min(steps(True, labels)) >= max(steps(False, labels))
 
@@ -103,7 +105,10 @@ def test_learns_starts_from_the_head_and_is_deterministic():
     assert torch.allclose(still.model.head.weight, torch.tensor(head[0], dtype=torch.float32))
 
 
-def test_the_choice_uses_held_out_labels_and_refits_on_all():
+@pytest.mark.parametrize(("most", "learned", "steps"), [(2000, 48, 24), (40, 40, 5 + 10 + 5)])
+def test_the_choice_uses_held_out_labels_and_refits_on_all(most: int, learned: int, steps: int, monkeypatch):
+    """Of many labels it uses some (25 of a class at least), and each as often as in the end."""
+    monkeypatch.setattr(choosing, "MAX_LABELS", most)
     images, y = two_shades(60)
     backbone = build_backbone("small", 32).eval()
     presets = [ft.Preset("broken", 6, 0.0), ft.Preset("works", 12, 2e-3), ft.Preset("also broken", 6, 0.0)]
@@ -117,7 +122,8 @@ def test_the_choice_uses_held_out_labels_and_refits_on_all():
     assert tuned.chosen["preset"] == "works"
     assert not tuned.on_grid_edge
     assert len(tuned.chosen["holdout_log_loss"]) == 3
-    assert rows_seen == [48, 48, 48, 60]
+    assert rows_seen == [learned, learned, learned, 60]
+    assert tuned.steps == steps + 12
     held = ft._holdout(y, 0)
     assert np.bincount(y[held]).tolist() == [6, 6]
 
