@@ -21,7 +21,7 @@ from sklearn.model_selection import RepeatedStratifiedKFold
 from downstream.features import Block, StageFeatures
 
 FEW, MANY = 5, 25  # labels per class from which the setting, and from which the features, are chosen
-MAX_LABELS = 2000  # choices are made on at most so many labels; beyond it they no longer depend on them
+MAX_LABELS = 2000  # choices are made on at most so many labels, or MANY of each class, where that is more
 
 FeatureSets = dict[str, tuple[Block, ...]]
 Split = tuple[np.ndarray, np.ndarray]  # positions to fit on, positions held out

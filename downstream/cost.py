@@ -37,7 +37,8 @@ def print_cost(table: Table, arms: Sequence[Arm], label_free: bool = False) -> N
             n, presets = table.labels(count), table.presets(count, arm.kind == "scratch")
             tuned = [presets[-1]]  # the best one, on all labels, and what it is chosen from
             if len(presets) > 1:
-                tuned += [ft.on_trial(p, min(n, choosing.MAX_LABELS), n) for p in presets]
+                y = table.pool.y if count == "all" else np.repeat(np.arange(len(table.classes)), count)
+                tuned += [ft.on_trial(p, len(choosing.subsample(y, 0)), n) for p in presets]
             runs = [(p, min(p.batch_size, n)) for p in tuned] if {"finetune", "self-training"} & set(protocols) else []
             if "self-training" in protocols:
                 student = table.student(count, arm.kind == "scratch")

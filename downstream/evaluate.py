@@ -204,9 +204,9 @@ class ArmFiller:
             key += [self.table.unlabelled_id]
         if protocol in TRAINED:
             presets = [repr(p) for p in self.table.presets(count, scratch)]
+            presets += [f"chosen on {MAX_LABELS}"] if len(presets) > 1 and self.table.labels(count) > MAX_LABELS else []
             presets += [repr(self.table.student(count, scratch))] if protocol == "self-training" else []
             presets += [SETTING] if protocol == "s4l" else []
-            presets += [f"chosen on {MAX_LABELS}"] if self.table.labels(count) > MAX_LABELS else []
             key += [ft.view_size(self.table.image_size), self.table.top_layers, presets]
             key += [] if self._flip else ["no flip", ft.UNMIRRORED_CROP]
             key += [] if self.table.augment else ["no augmentation"]

@@ -196,7 +196,8 @@ def train(
     turns = None
     if unlabelled is not None:
         turns = Turns(unlabelled, start.channels, seed, (smallest, 1.0), start.spec.flip).to(device)
-        groups.append({"params": [*turns.parameters()], "peak": preset.lr, "weight_decay": preset.weight_decay})
+        for params, decay in ((turns.classifier.weight, preset.weight_decay), (turns.classifier.bias, 0.0)):
+            groups.append({"params": [params], "peak": preset.lr, "lr": preset.lr, "weight_decay": decay})
     trained = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups)
     average = copy.deepcopy(model)
@@ -231,7 +232,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         blend(average, model, min(preset.ema, (step + 1) / (step + 10)))
         if on_step:
-            on_step(len(indices))
+            on_step(len(indices) + (turns.seen if turns else 0))
     return average.eval()
 
 
@@ -291,8 +292,8 @@ def finetune(
 
     ``head(rows)`` gives the starting point (W (K, C), b (K,)) from a probe fitted on those rows only; None (scratch):
     a small random one. With several presets, one stratified 80/20 split chooses by log-loss, and the winner is refit
-    on all images with the same number of steps. Of more than choosing.MAX_LABELS labels, so many are split, and seen as
-    often. Nothing looks at a test image. ``augment`` false: images as they are.
+    on all images with the same number of steps. Of more than choosing.MAX_LABELS labels, so many are split (25 of a
+    class at least), and seen as often. Nothing looks at a test image. ``augment`` false: images as they are.
     ``unlabelled``: see ``train``.
     """
     if len(np.unique(y)) < 2:

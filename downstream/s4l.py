@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlabel.augment import colour_jitter, four_rotations, random_view
+from unlabel.batchnorm import unmoved_statistics
 from unlabel.cache import Pixels
 from unlabel.draws import Draws, mix
 from unlabel.order import batch_at
@@ -30,7 +31,7 @@ class Turns(nn.Module):
     Args:
         images: unlabelled, (N, R, R, 3) uint8.
         channels: of the backbone's last stage.
-        seed: of order and augmentation; the same images, in the same views, for every arm.
+        seed: of order and augmentation; the same draws for every arm.
         area, flip: as for the labelled images.
     """
 
@@ -38,11 +39,13 @@ class Turns(nn.Module):
         super().__init__()
         self.images, self.seed, self.area, self.flip = images, mix(seed, "s4l"), area, flip
         self.classifier = nn.Linear(channels, 4)
+        self.batch = min(UNLABELLED, len(images))
+        self.seen = 4 * self.batch  # views per step
 
     def views(self, step: int, size: int) -> tuple[Tensor, Tensor]:
         """(4B, 3, size, size) in [0, 1] and their turns (4B,), on the device of the linear layer."""
         device = self.classifier.weight.device
-        epochs, indices = batch_at(self.seed, step, min(UNLABELLED, len(self.images)), len(self.images))
+        epochs, indices = batch_at(self.seed, step, self.batch, len(self.images))
         draws = Draws(self.seed, epochs.tolist(), indices.tolist(), device=device)
         source = torch.from_numpy(np.array(self.images[indices])).to(device)
         views = random_view(source, size, draws, area=self.area, ratio=1.0, flip=self.flip)
@@ -51,5 +54,6 @@ class Turns(nn.Module):
     def loss(self, backbone: nn.Module, step: int, size: int) -> Tensor:
         """Weighted cross-entropy of the turns of this step's images at ``size`` px."""
         views, turns = self.views(step, size)
-        features = backbone(views.contiguous(memory_format=torch.channels_last)).pooled
+        with unmoved_statistics(backbone):  # those that it will classify with are of upright images
+            features = backbone(views.contiguous(memory_format=torch.channels_last)).pooled
         return WEIGHT * F.cross_entropy(self.classifier(features).float(), turns)

@@ -35,7 +35,8 @@ def student_for(labels: int, scratch: bool, top_layers: int | None = None) -> Pr
     """How the second network is trained; with many ``labels`` (all classes together) for as many of their passes as
     fine-tuning is, at least, counted in images seen."""
     preset, growth = (SCRATCH_STUDENT, SCRATCH_GROWTH) if scratch else (STUDENT, GROWTH)
-    steps = max(preset.steps, math.ceil(growth.at_least * labels / preset.batch_size))
+    seen = growth.steps_for(labels, Preset.batch_size) * Preset.batch_size
+    steps = max(preset.steps, math.ceil(seen / preset.batch_size))
     return replace(preset, steps=steps, top_layers=None if scratch else top_layers)
 
 

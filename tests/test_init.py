@@ -339,7 +339,7 @@ def test_evaluate_beside_another_run(exported: Path, digits_folder: Path, tmp_pa
 
 
 UP, DOWN, OPEN = (0.05, 0.02, 0.08), (-0.05, -0.08, -0.02), (0.01, -0.02, 0.04)
-PRETRAIN, TAKE, PLAIN = "pretrain here (rotation)", "take timm:x as it is", "train on the labels alone"
+PRETRAIN, TAKE, PLAIN = "pretrain here (rotation)", "take timm:x as it is", "train from scratch"
 
 
 def three(over_scratch, over_given, given_over_scratch) -> dict:

@@ -61,6 +61,18 @@ def test_every_step_has_its_images_the_same_for_every_network():
     assert torch.allclose(a[turns == 1], torch.rot90(upright, 1, (2, 3)))
 
 
+def test_turned_images_train_the_network_and_leave_its_statistics():
+    """Those that it classifies upright images with, which the labelled ones move."""
+    backbone = build_backbone("small", 32, "half").train()
+    before = {name: b.clone() for name, b in backbone.named_buffers()}
+    loss = s4l.Turns(ramps(32), backbone.channels, 0, (0.3, 1.0), flip=True).loss(backbone, 0, 32)
+    loss.backward()
+    assert all(torch.equal(b, before[name]) for name, b in backbone.named_buffers())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone.parameters())
+    backbone(torch.rand(4, 3, 32, 32))
+    assert not all(torch.equal(b, before[name]) for name, b in backbone.named_buffers())
+
+
 def a_table(folder: Path, *protocols: str) -> ev.Table:
     names = [str(k) for k in range(12)]
     pool = ev.Images(ramps(4), np.arange(4) % 2, names[:4], names[:4], np.arange(4))

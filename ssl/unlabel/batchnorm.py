@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unlabel import distributed
 from unlabel.errors import UserError
 
-__all__ = ["estimate_statistics", "frozen_statistics", "has_batchnorm", "sync_batchnorm"]
+__all__ = ["estimate_statistics", "frozen_statistics", "has_batchnorm", "sync_batchnorm", "unmoved_statistics"]
 
 
 def has_batchnorm(model: nn.Module) -> bool:
@@ -66,3 +66,16 @@ def frozen_statistics(backbone: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.train()
+
+
+@contextlib.contextmanager
+def unmoved_statistics(backbone: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm in training mode uses those of the batch, as ever, and its running statistics stay."""
+    layers = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

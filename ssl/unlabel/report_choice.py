@@ -72,7 +72,7 @@ def _to_do(found: Choice, arm: str) -> str:
     """What a person would do who chose this arm."""
     if arm == found.first:
         return f"pretrain here ({arm})"
-    return f"take {arm} as it is" if arm == found.given else "train on the labels alone"
+    return f"take {arm} as it is" if arm == found.given else "train from scratch"
 
 
 def _name(found: Choice, arm: str) -> str:

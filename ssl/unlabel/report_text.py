@@ -158,8 +158,8 @@ def _middle(rows: list[Row]) -> Row | None:
 def primary_row(results: dict[str, Any]) -> Row | None:
     """The comparison that the answer is about.
 
-    The one marked primary; else fine-tuning against `scratch`, else the linear probe against `random`, else
-    any other, each for the first arm at its middle label count.
+    The one marked primary; else the first of fine-tuning, self-training and S4L against `scratch`, else the linear
+    probe against `random`, else any other, each for the first arm at its middle label count.
     """
     paired = comparisons(results)
     named = next((row for row in paired if row.get("primary") is True), None)
