@@ -37,6 +37,7 @@ from unlabel.distributed import pick_device
 from unlabel.errors import UserError
 from unlabel.page import figure, write_page
 from unlabel.pictures import sheet, write_png
+from unlabel.precision import autocast, pick_precision
 from unlabel.report_html import html_table, show
 from unlabel.sources import open_source
 
@@ -85,11 +86,12 @@ def score_images(
 
 @torch.no_grad()
 def surprise(task: Trained, cache: ImageCache) -> np.ndarray:
-    """(N,): the task's own score."""
-    parts = []
+    """(N,): the task's own score, in bf16 where the hardware has it."""
+    parts, device = [], device_of(task)
     with tqdm(total=len(cache), desc="score", unit="img") as bar:
         for batch in task.batches(cache.images, cache.hashes):
-            parts.append(task.surprise(batch).float().cpu().numpy())
+            with autocast(device, pick_precision("auto", device)):
+                parts.append(task.surprise(batch).float().cpu().numpy())
             bar.update(len(parts[-1]))
     return np.concatenate(parts)
 

@@ -87,7 +87,8 @@ class Rotation(PretextTask):
     def surprise(self, batch: Batch) -> Tensor:
         """Mean over the four turns of - log p(the turn) (Golan & El-Yaniv 2018, https://arxiv.org/abs/1805.10917)."""
         views, labels = four_rotations(batch.images)
-        loss = F.cross_entropy(self.logits(views).float(), labels, reduction="none")
+        logits = self.logits(views.contiguous(memory_format=torch.channels_last)).float()
+        loss = F.cross_entropy(logits, labels, reduction="none")
         return loss.view(4, -1).mean(0)
 
     def trivial(self, batch: Batch) -> dict[str, float]:

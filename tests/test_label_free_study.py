@@ -229,7 +229,10 @@ def test_runs_are_pretrained_and_measured_once(digits_folder: Path, tmp_path: Pa
         link = test / path.relative_to(digits_folder)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.write_bytes(path.read_bytes())
-    args = argparse.Namespace(data=source, train=source, test=str(test), out=tmp_path)
+    args = argparse.Namespace(data=source, train=source, test=str(test), out=tmp_path, share="1/2")
+    study.run_all(args)
+    assert [p.stem for p in (tmp_path / "rows").glob("*.json")] == ["inpainting-111"]
+    args.share = "0/2"
     study.run_all(args)
     rows = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "rows").glob("*.json")}
     assert set(rows) == {"rotation-000", "inpainting-111"}
@@ -244,4 +247,5 @@ def test_runs_are_pretrained_and_measured_once(digits_folder: Path, tmp_path: Pa
     assert set(rows["inpainting-111"]["scores"]) == set(study.SCORES)
 
     monkeypatch.setattr(study, "pretrain", lambda *_: pytest.fail("what is measured is not run again"))
+    args.share = "0/1"
     study.run_all(args)
