@@ -2,7 +2,8 @@
 
 | score | what |
 | --- | --- |
-| the task's name | how badly the task does on the image: - log p of the four turns (Golan 2018), or the squared error |
+| the task's name | how badly the task does on the image: - log p of the four turns (Golan 2018), the logits of the 72 |
+| | transformations, or the squared error |
 | features | distance to the nearest normal images in the features of the last two stages |
 | pixels | the same in raw pixels |
 | components | squared error of 40 principal components of the pixels |

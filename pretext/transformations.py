@@ -83,14 +83,19 @@ class Transformations(PretextTask):
 
     @torch.no_grad()
     def surprise(self, batch: Batch) -> Tensor:
-        """Mean over the 72 transformations of - log p(the transformation)."""
+        """Minus the mean over the 72 transformations of how far the logit of the right one is above the mean logit.
+
+        Not - log p: where the network is certain, p is 1 of all images, but logits still differ (Hendrycks et al. 2022,
+        https://arxiv.org/abs/1911.11132, of the largest logit).
+        """
         total = torch.zeros(len(batch.images), device=batch.images.device)
         for kind in range(KINDS):
             views, turns = four_rotations(
                 moved(batch.images, torch.full((len(batch.images),), kind, device=total.device))
             )
-            loss = F.cross_entropy(self.logits(views), 4 * kind + turns, reduction="none")
-            total += loss.view(4, -1).sum(0)
+            logits = self.logits(views)
+            right = logits.gather(1, (4 * kind + turns)[:, None])[:, 0] - logits.mean(1)
+            total -= right.view(4, -1).sum(0)
         return total / (4 * KINDS)
 
     @torch.no_grad()
