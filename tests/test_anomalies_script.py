@@ -27,7 +27,7 @@ def test_classes_by_themselves_then_the_table(digits_folder: Path, tmp_path: Pat
             for path in sorted((digits_folder / digit).glob("*.png"))[offset:80:2]:
                 (tmp_path / part / digit / path.name).write_bytes(path.read_bytes())
     monkeypatch.chdir(tmp_path)
-    line = "anomalies.py train --test test --name two --minutes 0.005 --image-size 16 --stem half --out out".split()
+    line = "anomalies.py train --test test --name two --minutes 0.005 --image-size 32 --stem half --out out".split()
 
     def run(*flags: str) -> None:
         monkeypatch.setattr(sys, "argv", [*line, *flags])

@@ -442,7 +442,14 @@ def test_two_processes_equal_one_and_continue_its_run(tasks, digits_folder: Path
     if "rotation" in tasks:
         flags += "--sparse.penalty kl --inpainting.adversarial 0.1".split()
     else:
-        own = {"backbone": "convnext_atto", "device": "cpu", "optimizer": "sgd", "lr": 0.02, "precision": "fp32"}
+        own = {
+            "backbone": "convnext_atto",
+            "epochs": 0.3,
+            "device": "cpu",
+            "optimizer": "sgd",
+            "lr": 0.02,
+            "precision": "fp32",
+        }
         killed_at(monkeypatch, settings(digits_folder, tmp_path / "both", *tasks, batch_size=8, **own), saves=1)
         outs.append("both")
     command = ["pretrain", *tasks, "--data", str(digits_folder), *flags, "--out"]
