@@ -19,6 +19,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +39,19 @@ PIXELS = ("pixels", "components", "svm")
 
 
 def write_out(spec: str, folder: Path) -> Path:
-    """The images of a source as files, so that each class is a folder of its own."""
+    """The images of a source as files, so that each class is a folder of its own. Two processes may do it at once."""
     if not folder.exists():
-        source, partial = open_source(spec), folder.with_suffix(".partial")
+        source, partial = open_source(spec), folder.with_suffix(f".{os.getpid()}")
         for k, load in source.read():
             path = partial / source.names[k]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(load())
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:  # the other process was quicker
+            if not folder.exists():
+                raise
+            shutil.rmtree(partial)
     return folder
 
 

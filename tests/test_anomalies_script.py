@@ -58,3 +58,19 @@ def test_classes_by_themselves_then_the_table(digits_folder: Path, tmp_path: Pat
     line[line.index("test")] = "train"
     with pytest.raises(SystemExit, match="holds the results of other images"):
         run()
+
+
+def test_another_process_may_have_written_the_images_meanwhile(digits_folder: Path, tmp_path: Path, monkeypatch):
+    folder, real = tmp_path / "train", script.open_source
+
+    def slow(spec: str):
+        monkeypatch.setattr(script, "open_source", real)
+        with monkeypatch.context() as other:
+            other.setattr(script.os, "getpid", lambda: 0)
+            script.write_out(spec, folder)
+        return real(spec)
+
+    monkeypatch.setattr(script, "open_source", slow)
+    assert script.write_out(str(digits_folder), folder) == folder
+    assert len(list(folder.rglob("*.png"))) == len(list(digits_folder.rglob("*.png")))
+    assert [p.name for p in tmp_path.iterdir()] == ["train"]
