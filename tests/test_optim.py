@@ -10,10 +10,13 @@ from typing import Literal
 
 import pytest
 import torch
+from torch import nn
 
+from unlabel.backbone import channels_last
 from unlabel.config import PretrainConfig
 from unlabel.muon import Muon, orthogonal
 from unlabel.optim import make_optimizers, rate_at, set_rates, size_at, size_factor, sizes
+from unlabel.precision import autocast
 from unlabel.pretrain import pretrain
 
 
@@ -129,10 +132,25 @@ def test_the_logged_rate_is_the_schedules_and_clipping_changes_the_run(digits_fo
 
 def test_bf16_in_the_loop(digits_folder: Path, tmp_path: Path):
     config = PretrainConfig(
-        tasks=("inpainting",), data=(str(digits_folder),), out=tmp_path, image_size=16, epochs=0.05, batch_size=8,
-        precision="bf16",
+        tasks=("rotation",), data=(str(digits_folder),), out=tmp_path, image_size=16, epochs=0.05, batch_size=8,
+        stem="half", precision="bf16",
     )  # fmt: skip
     run = pretrain(config)
     assert json.loads((run / "config.json").read_text())["resolved"]["precision"] == "bf16"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "side"), [(3, 2, 1), (5, 1, 1), (7, 1, 2), (7, 1, 16)])
+def test_bf16_gradients_of_maps_smaller_than_the_kernel(kernel: int, stride: int, side: int):
+    torch.manual_seed(0)
+    layer = channels_last(nn.Conv2d(32, 32, kernel, stride, kernel // 2))
+    x = torch.randn(8, 32, side, side).contiguous(memory_format=torch.channels_last)
+    exact = torch.autograd.grad(layer(x).square().mean(), layer.weight)[0]
+    for _ in range(8):
+        torch.full((4 * layer.weight.numel(),), math.nan)  # what is freed here is what a careless gradient would hold
+        with autocast(torch.device("cpu"), "bf16"):
+            y = layer(x)
+        assert (y.dtype == torch.bfloat16) == (side > kernel)
+        found = torch.autograd.grad(y.float().square().mean(), layer.weight)[0]
+        assert (found - exact).norm() < 0.02 * exact.norm()
