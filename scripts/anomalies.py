@@ -30,6 +30,7 @@ from downstream.anomalies import judged, score_images
 from pretext.trained import load_trained
 from unlabel.backbone import load_backbone
 from unlabel.cache import load_cache
+from unlabel.checkpoint import write_atomic
 from unlabel.cli import main as command_line
 from unlabel.distributed import pick_device
 from unlabel.runfolder import commit, hardware, versions
@@ -95,10 +96,10 @@ def one_class(args: argparse.Namespace, out: Path, name: str, train: Path, test:
 
 def same_sources(stored: Path, sources: str) -> None:
     """What one data set gave must not stand for another's."""
-    if stored.exists() and stored.read_text() != sources:
+    if not stored.exists():
+        write_atomic(stored, sources.encode())  # of two processes that begin at once, neither reads half of it
+    if stored.read_text() != sources:
         raise SystemExit(f"{stored.parent} holds the results of other images: choose another --name or --out")
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    stored.write_text(sources)
 
 
 def interval(values: np.ndarray) -> list[float] | None:

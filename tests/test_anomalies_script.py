@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -74,3 +75,18 @@ def test_another_process_may_have_written_the_images_meanwhile(digits_folder: Pa
     assert script.write_out(str(digits_folder), folder) == folder
     assert len(list(folder.rglob("*.png"))) == len(list(digits_folder.rglob("*.png")))
     assert [p.name for p in tmp_path.iterdir()] == ["train"]
+
+
+def refused(stored: Path) -> bool:
+    try:
+        script.same_sources(stored, "train test")
+    except SystemExit:
+        return True
+    return False
+
+
+def test_two_processes_that_begin_at_once(tmp_path: Path):
+    stored = [tmp_path / str(k) / "sources.txt" for k in range(300)]
+    with get_context("fork").Pool(3) as pool:
+        assert not any(pool.map(refused, [path for path in stored for _ in range(3)], chunksize=1))
+    assert {path.read_text() for path in stored} == {"train test"}
