@@ -308,7 +308,8 @@ def finetune(
     trials: list[Preset] = []
     if len(presets) > 1:
         some = choosing.subsample(y, seed)
-        held, learned = some[_holdout(y[some], seed)], some[~_holdout(y[some], seed)]
+        out = _holdout(y[some], seed)
+        held, learned = some[out], some[~out]
         trials = [on_trial(preset, len(some), len(y)) for preset in presets]
         for trial in trials:
             log_p = predict_logits(fit(learned, trial), Rows(images, held))

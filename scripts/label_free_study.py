@@ -78,11 +78,18 @@ def runs() -> Iterator[Run]:
             yield Run(f"{task}-{''.join(map(str, bits))}", task, flags, 8 * t + k)
 
 
+def share(text: str) -> slice:
+    """``K/N``: every N-th of the runs from the K-th on."""
+    first, _, of = text.partition("/")
+    if not (first.isdecimal() and of.isdecimal() and int(first) < int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r}: K/N, two whole numbers, K below N")
+    return slice(int(first), None, int(of))
+
+
 def run_all(args: argparse.Namespace) -> None:
     """Each run is pretrained, then measured."""
     ROWS.mkdir(parents=True, exist_ok=True)
-    mine, of = (int(number) for number in args.share.split("/"))
-    for run in list(runs())[mine::of]:
+    for run in list(runs())[args.share]:
         if not (ROWS / f"{run.name}.json").exists():
             folder = pretrain(run, args.data, args.out)
             row = measure(run, folder, args.train, args.test) | {"hardware": hardware(), "commit": commit()}
@@ -347,7 +354,9 @@ def main() -> None:
     for name in ("--data", "--train", "--test"):
         run.add_argument(name, required=True)
     run.add_argument("--out", type=Path, default=Path("runs/study"))
-    run.add_argument("--share", default="0/1", metavar="K/N", help="every N-th run from the K-th on; K from 0")
+    run.add_argument(
+        "--share", type=share, default="0/1", metavar="K/N", help="every N-th run from the K-th on; K from 0"
+    )
     run.set_defaults(part=run_all)
     parts.add_parser("judge").set_defaults(part=judge)
     args = parser.parse_args()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from multiprocessing import get_context
@@ -12,13 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "anomalies.py"
-spec = importlib.util.spec_from_file_location("anomalies_script", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
-script = importlib.util.module_from_spec(spec)
-sys.modules["anomalies_script"] = script
-spec.loader.exec_module(script)
+from scripts import anomalies as script
 
 
 def test_classes_by_themselves_then_the_table(digits_folder: Path, tmp_path: Path, monkeypatch, capsys):

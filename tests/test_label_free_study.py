@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,15 +11,8 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau, rankdata
 
+from scripts import label_free_study as study
 from unlabel.backbone import build_backbone, save_backbone
-
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "label_free_study.py"
-spec = importlib.util.spec_from_file_location("label_free_study", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
-study = importlib.util.module_from_spec(spec)
-sys.modules["label_free_study"] = study
-spec.loader.exec_module(study)
 
 TASKS = np.repeat(list("abcdef"), 8)
 
@@ -38,6 +29,15 @@ def test_the_plan_is_48_runs_and_each_part_of_them_is_balanced():
         flags = Counter(f for r in runs if r.task == task for f in r.flags)
         assert len(flags) == 6
         assert set(flags.values()) == {4}
+
+
+def test_shares_of_the_runs():
+    shares = [[r.name for r in list(study.runs())[study.share(f"{k}/3")]] for k in range(3)]
+    assert sorted(name for s in shares for name in s) == sorted(r.name for r in study.runs())
+    assert [len(s) for s in shares] == [16, 16, 16]
+    for wrong in ("1", "2/2", "-1/2", "a/b", "0/0", "1/2/3", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="K/N"):
+            study.share(wrong)
 
 
 def test_within_tasks_looks_at_no_difference_between_tasks():
@@ -229,10 +229,10 @@ def test_runs_are_pretrained_and_measured_once(digits_folder: Path, tmp_path: Pa
         link = test / path.relative_to(digits_folder)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.write_bytes(path.read_bytes())
-    args = argparse.Namespace(data=source, train=source, test=str(test), out=tmp_path, share="1/2")
+    args = argparse.Namespace(data=source, train=source, test=str(test), out=tmp_path, share=study.share("1/2"))
     study.run_all(args)
     assert [p.stem for p in (tmp_path / "rows").glob("*.json")] == ["inpainting-111"]
-    args.share = "0/2"
+    args.share = study.share("0/2")
     study.run_all(args)
     rows = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "rows").glob("*.json")}
     assert set(rows) == {"rotation-000", "inpainting-111"}
@@ -247,5 +247,5 @@ def test_runs_are_pretrained_and_measured_once(digits_folder: Path, tmp_path: Pa
     assert set(rows["inpainting-111"]["scores"]) == set(study.SCORES)
 
     monkeypatch.setattr(study, "pretrain", lambda *_: pytest.fail("what is measured is not run again"))
-    args.share = "0/1"
+    args.share = study.share("0/1")
     study.run_all(args)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import io
 import json
 import os
@@ -21,6 +20,7 @@ import pytest
 from PIL import Image
 
 from downstream.classifier import load_classifier, stored_key
+from scripts import fuzz, odd_images
 from unlabel.cache import load_cache, printable
 from unlabel.decode import BrokenImage, decode, decode_reduced
 from unlabel.errors import UserError
@@ -31,20 +31,10 @@ ROOT = Path(__file__).parents[1]
 SIDE = 32  # of most pictures, so that they are packed as they are
 
 
-def load_script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("odd")
-    return folder, load_script("odd_images").write_corpus(folder)
+    return folder, odd_images.write_corpus(folder)
 
 
 class Read:
@@ -241,7 +231,6 @@ def test_a_report_of_what_a_stranger_wrote_is_made_or_refused_in_one_line(tmp_pa
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_files_are_read_or_refused(corpus: tuple[Path, list[Any]], tmp_path: Path) -> None:
     """A few of what scripts/fuzz.py does, in this process."""
-    fuzz = load_script("fuzz")
     for group in (fuzz.image_readers, fuzz.archive_readers):
         for name, reader in group(corpus[0]).items():
             for k in range(12):
@@ -258,7 +247,6 @@ def test_mutated_files_are_read_or_refused(corpus: tuple[Path, list[Any]], tmp_p
 
 def test_the_fuzz_script_survives_a_hang_a_crash_and_hunger(corpus: tuple[Path, list[Any]], tmp_path: Path) -> None:
     """A reading process that dies or hangs is a failure of its file, and the next file is read."""
-    fuzz = load_script("fuzz")
     traps = """
 def sleep(folder): time.sleep(60)
 def fault(folder): os.kill(os.getpid(), 11)
