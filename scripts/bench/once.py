@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def _rows(cache: Any, hashes: list[str]) -> np.ndarray:
     return np.array([at[h] for h in hashes])
 
 
-def _fast() -> torch.autocast:
+def _fast() -> AbstractContextManager[None]:
     device = torch.device("cpu")
     return autocast(device, pick_precision("auto", device))
 
