@@ -29,7 +29,8 @@ __all__ = ["Stacked"]
 @dataclass(frozen=True)
 class Config:
     noise: Literal["masking", "gaussian", "none"] = "masking"
-    """What corrupts the input of the stage in training: values set to 0, values added to, or nothing."""
+    """What corrupts the input of the stage in training: values (of the image, pixels) set to 0, values added to, or
+    nothing."""
     level: float = 0.3
     """Share of the values; or standard deviation, as a share of that of the input itself."""
     greedy: bool = True
@@ -119,12 +120,17 @@ class Stacked(PretextTask):
                 self.backbone.model.get_submodule(name).eval()
         return self
 
-    def corrupt(self, clean: Tensor, draws: Draws) -> Tensor:
-        """(N, C, h, w): image i's by row i of ``draws``. Values of a dense layer have h = w = 1."""
+    def corrupt(self, clean: Tensor, draws: Draws, image: bool = False) -> Tensor:
+        """(N, C, h, w): image i's by row i of ``draws``. Values of a dense layer have h = w = 1.
+
+        Of an ``image``, a pixel is masked in all channels or in none: the others would give it away, in grey images
+        wholly.
+        """
         if self.config.noise == "none" or self.config.level == 0:
             return clean
         if self.config.noise == "masking":
-            return torch.where(draws.uniform(*clean.shape[1:]) < self.config.level, 0.0, clean)
+            masks = 1 if image else clean.shape[1]
+            return torch.where(draws.uniform(masks, *clean.shape[2:]) < self.config.level, 0.0, clean)
         spread = clean.std((1, 2, 3), keepdim=True) if clean[0].numel() > 1 else clean.abs()
         return clean + self.config.level * spread * draws.normal(*clean.shape[1:]).to(clean.dtype)
 
@@ -132,7 +138,8 @@ class Stacked(PretextTask):
         """The clean input of stage ``cut`` (None: of none) and every stage's output from a corrupted copy of it."""
         taken = [normalised]
         if not cut:
-            features = self.backbone.forward_normalised(self.corrupt(normalised, draws) if cut == 0 else normalised)
+            given = self.corrupt(normalised, draws, image=True) if cut == 0 else normalised
+            features = self.backbone.forward_normalised(given)
         else:
 
             def replaced(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
@@ -173,7 +180,9 @@ class Stacked(PretextTask):
     def show(self, batch: Batch) -> dict[str, Tensor]:
         """The image from the newest stage, through all decoders below it."""
         images, stage = self.backbone.normalise(batch.images), min(self.phase, self.stages - 1)
-        noisy = self.corrupt(images, batch.draws.stream("stacked")) if self.phase in (0, self.stages) else images
+        noisy = images
+        if self.phase in (0, self.stages):
+            noisy = self.corrupt(images, batch.draws.stream("stacked"), image=True)
         _, outputs = self.stage_outputs(noisy, None, batch.draws)
         sides = [images.shape[-1], *(o.shape[-1] for o in outputs)]
         painted = self.recovered(outputs[stage], stage, 0, sides)

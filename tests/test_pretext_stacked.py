@@ -103,7 +103,10 @@ def test_noise_is_as_strong_as_asked_for(colour_photos: torch.Tensor):
     draws = batch_of(images).draws
     gone = make(level=0.3).corrupt(images, draws) == 0
     assert float(gone.float().mean()) == pytest.approx(0.3, abs=0.01)
-    assert not torch.equal(gone[:, 0], gone[:, 1])  # value by value, as Vincent has it
+    assert not torch.equal(gone[:, 0], gone[:, 1])  # of what a stage puts out, value by value
+    gone = make(level=0.3).corrupt(images, draws, image=True) == 0
+    assert float(gone.float().mean()) == pytest.approx(0.3, abs=0.01)
+    assert torch.equal(gone, gone[:, :1].expand_as(gone))
     noise = make(noise="gaussian", level=0.3).corrupt(images, draws) - images
     assert torch.allclose(noise.std((1, 2, 3)) / images.std((1, 2, 3)), torch.tensor(0.3), rtol=0.05)
     assert torch.equal(make(noise="none").corrupt(images, draws), images)
