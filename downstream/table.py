@@ -15,6 +15,7 @@ from downstream import finetune as ft
 from downstream import self_training as st
 from downstream.label_draws import LabelDraws
 from unlabel.cache import cache_side
+from unlabel.mlp import is_mlp
 
 __all__ = ["STATISTICS_IMAGES", "TRAINED", "Arm", "Count", "Images", "Table", "control_arms"]
 
@@ -113,7 +114,7 @@ class Table:
     def presets(self, count: Count, scratch: bool) -> tuple[ft.Preset, ...]:
         """How a fit with this many labels per class is fine-tuned."""
         smallest = int(np.bincount(self.pool.y).min()) if count == "all" else count
-        return ft.presets_for(smallest, scratch, self.top_layers, self.labels(count))
+        return ft.presets_for(smallest, scratch, self.top_layers, self.labels(count), is_mlp(self.backbone[0]))
 
     def fingerprint(self) -> str:
         parts = [*self.pool.hashes, "|", *self.test.hashes, *map(str, self.pool.y), *map(str, self.test.y)]

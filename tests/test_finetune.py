@@ -34,6 +34,16 @@ def test_protocol_table():
     assert all(p.top_layers == 2 for p in ft.presets_for(50, False, top_layers=2))
 
 
+def test_pretrained_dense_networks_have_their_own_presets_where_labels_are_many():
+    tuned = ft.presets_for(1000, False, 1, 10_000, dense=True)
+    assert [p.lr for p in tuned] == [5e-4, 1e-3, 2e-3]
+    assert all(p.batchnorm == "train" and p.layer_decay == 1 and p.top_layers == 1 for p in tuned)
+    assert {p.steps * p.batch_size // 10_000 for p in tuned} == {26}  # passes
+    for count, scratch in ((10, False), (1000, True)):
+        shipped = ft.presets_for(count, scratch, labels=10_000)
+        assert ft.presets_for(count, scratch, labels=10_000, dense=True) == shipped
+
+
 def test_steps_grow_with_the_labels():
     """Passes over the labels while there are few of them; then a bounded number of steps; then passes again."""
 
