@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from downstream import choosing
 from downstream import finetune as ft
 from downstream.classifier import load_classifier, save_classifier
+from downstream.table import Images, Table
 from unlabel.backbone import build_backbone
 from unlabel.draws import Draws
 from unlabel.errors import UserError
@@ -42,6 +44,12 @@ def test_pretrained_dense_networks_have_their_own_presets_where_labels_are_many(
     for count, scratch in ((10, False), (1000, True)):
         shipped = ft.presets_for(count, scratch, labels=10_000)
         assert ft.presets_for(count, scratch, labels=10_000, dense=True) == shipped
+    none = Images(np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, int), [], [], np.zeros(0, int))
+    for backbone, first in (("mlp:8", "dense-slow"), ("small", "gentle")):
+        table = Table(
+            none, none, None, ["a", "b"], (50,), 1, ("finetune",), (backbone, "auto"), 8, torch.device("cpu"), Path()
+        )
+        assert table.presets(50, False)[0].name == first
 
 
 def test_steps_grow_with_the_labels():

@@ -98,6 +98,22 @@ def test_noise_enters_at_the_stages_own_input(colour_photos: torch.Tensor):
     assert torch.equal(quiet.stage_outputs(images, 2, draws)[1][-1], quiet.backbone(colour_photos[:4]).last)
 
 
+def test_no_channel_gives_a_masked_pixel_away(colour_photos: torch.Tensor):
+    """The network gets a grey image grey."""
+    task, given = make(level=0.5), []
+    conv = next(m for m in task.backbone.modules() if isinstance(m, torch.nn.Conv2d))
+    conv.register_forward_pre_hook(lambda _module, args: given.append(args[0]))
+    grey = colour_photos[:2].mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    for phase in (0, task.stages):
+        task.begin(phase)
+        task(batch_of(grey))
+        gone = given[-1] == 0
+        assert 0.4 < float(gone.float().mean()) < 0.6
+        assert torch.equal(gone, gone[:, :1].expand_as(gone))
+    shown = task.show(batch_of(grey))["input"]
+    assert torch.allclose(shown, shown[:, :1].expand_as(shown), atol=0.2)  # where masked, each channel has its own mean
+
+
 def test_noise_is_as_strong_as_asked_for(colour_photos: torch.Tensor):
     images = colour_photos[:8] + 0.5
     draws = batch_of(images).draws
