@@ -36,14 +36,17 @@ def test_protocol_table():
     assert all(p.top_layers == 2 for p in ft.presets_for(50, False, top_layers=2))
 
 
-def test_pretrained_dense_networks_have_their_own_presets_where_labels_are_many():
-    tuned = ft.presets_for(1000, False, 1, 10_000, dense=True)
-    assert [p.lr for p in tuned] == [5e-4, 1e-3, 2e-3]
-    assert all(p.batchnorm == "train" and p.layer_decay == 1 and p.top_layers == 1 for p in tuned)
-    assert {p.steps * p.batch_size // 10_000 for p in tuned} == {26}  # passes
-    for count, scratch in ((10, False), (1000, True)):
-        shipped = ft.presets_for(count, scratch, labels=10_000)
-        assert ft.presets_for(count, scratch, labels=10_000, dense=True) == shipped
+def test_dense_networks_have_their_own_presets_where_labels_are_many():
+    tuned, scratch = (ft.presets_for(1000, s, 1, 10_000, dense=True) for s in (False, True))
+    assert [p.lr for p in tuned] == [p.lr for p in scratch] == [5e-4, 1e-3, 2e-3]
+    assert all(p.batchnorm == "train" and p.layer_decay == 1 for p in (*tuned, *scratch))
+    assert [{p.top_layers for p in presets} for presets in (tuned, scratch)] == [{1}, {None}]
+    passes = [{p.steps * p.batch_size // 10_000 for p in presets} for presets in (tuned, scratch)]
+    assert passes == [{26}, {38}]
+    assert {p.steps * p.batch_size for p in scratch} == {12_000 * 32}  # as other networks
+    for from_scratch in (False, True):
+        shipped = ft.presets_for(10, from_scratch, labels=10_000)
+        assert ft.presets_for(10, from_scratch, labels=10_000, dense=True) == shipped
     none = Images(np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, int), [], [], np.zeros(0, int))
     for backbone, first in (("mlp:8", "dense-slow"), ("small", "gentle")):
         table = Table(
