@@ -34,7 +34,7 @@ def print_cost(table: Table, arms: Sequence[Arm], label_free: bool = False) -> N
             fits += len(arm.seeds) * len(table.parts) * table.n_draws
         networks += len(arm.seeds) * (arm.kind in ("backbone", "random"))
         for count, _ in plan if set(TRAINED) & set(protocols) else []:
-            n, presets = table.labels(count), table.presets(count, arm.kind == "scratch")
+            n, presets = table.labels(count), table.presets(count, arm)
             tuned = [presets[-1]]  # the best one, on all labels, and what it is chosen from
             if len(presets) > 1:
                 y = table.pool.y if count == "all" else np.repeat(np.arange(len(table.classes)), count)

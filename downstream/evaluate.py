@@ -203,7 +203,7 @@ class ArmFiller:
         if not scratch or protocol in ("self-training", "s4l"):
             key += [self.table.unlabelled_id]
         if protocol in TRAINED:
-            presets = [repr(p) for p in self.table.presets(count, scratch)]
+            presets = [repr(p) for p in self.table.presets(count, self.arm)]
             presets += [f"chosen on {MAX_LABELS}"] if len(presets) > 1 and self.table.labels(count) > MAX_LABELS else []
             presets += [repr(self.table.student(count, scratch))] if protocol == "self-training" else []
             presets += [SETTING] if protocol == "s4l" else []
@@ -261,10 +261,10 @@ class ArmFiller:
         self, count: Count, draw: int, rows: np.ndarray, on_step: Any, unlabelled: Any = None
     ) -> tuple[ft.Classifier, dict[str, Any]]:
         """Fine-tuned; by S4L where ``unlabelled`` images are given."""
-        table, scratch = self.table, self.arm.kind == "scratch"
+        table = self.table
         tuned = ft.finetune(
             self._start, Rows(table.pool.pixels, rows), table.pool.y[rows], len(table.classes),
-            table.presets(count, scratch), head=lambda local: self._head(rows[local]), seed=draw, device=table.device,
+            table.presets(count, self.arm), head=lambda local: self._head(rows[local]), seed=draw, device=table.device,
             on_step=on_step, augment=table.augment, unlabelled=unlabelled,
         )  # fmt: skip
         return tuned.model, {"chosen": tuned.chosen, "on_grid_edge": tuned.on_grid_edge, "steps": tuned.steps}

@@ -14,6 +14,7 @@ import torch
 from downstream import finetune as ft
 from downstream import self_training as st
 from downstream.label_draws import LabelDraws
+from unlabel.backbone import read_spec
 from unlabel.cache import cache_side
 from unlabel.mlp import is_mlp
 
@@ -111,10 +112,12 @@ class Table:
         """The protocol whose classifier is kept: of those that are asked for, the first that trains the network."""
         return next((p for p in TRAINED if p in self.protocols), "finetune")
 
-    def presets(self, count: Count, scratch: bool) -> tuple[ft.Preset, ...]:
-        """How a fit with this many labels per class is fine-tuned."""
+    def presets(self, count: Count, arm: Arm) -> tuple[ft.Preset, ...]:
+        """How the arm is fine-tuned with this many labels per class."""
         smallest = int(np.bincount(self.pool.y).min()) if count == "all" else count
-        return ft.presets_for(smallest, scratch, self.top_layers, self.labels(count), is_mlp(self.backbone[0]))
+        done = arm.runs and (arm.runs[0] / "backbone.json").exists()  # runs that are still to come have the table's
+        dense = is_mlp(read_spec(arm.runs[0])["name"] if done else self.backbone[0])
+        return ft.presets_for(smallest, arm.kind == "scratch", self.top_layers, self.labels(count), dense)
 
     def fingerprint(self) -> str:
         parts = [*self.pool.hashes, "|", *self.test.hashes, *map(str, self.pool.y), *map(str, self.test.y)]

@@ -29,10 +29,10 @@ __all__ = ["Stacked"]
 @dataclass(frozen=True)
 class Config:
     noise: Literal["masking", "gaussian", "none"] = "masking"
-    """What corrupts the input of the stage in training: values (of the image, pixels) set to 0, values added to, or
-    nothing."""
+    """What corrupts the input of the stage in training: values are set to 0 (of the image: whole pixels), something is
+    added to each value by itself, or nothing is done."""
     level: float = 0.3
-    """Share of the values; or standard deviation, as a share of that of the input itself."""
+    """Share of the values (pixels); or standard deviation, as a share of that of the input itself."""
     greedy: bool = True
     """A phase for each stage, one after the other; without, all stages are trained together from the start."""
     joint: bool = True

@@ -37,8 +37,8 @@ class OnePreset(Table):
 
     preset: Preset | None = None
 
-    def presets(self, count: Count, scratch: bool) -> tuple[Preset, ...]:
-        return (self.preset,) if self.preset else super().presets(count, scratch)
+    def presets(self, count: Count, arm: Arm) -> tuple[Preset, ...]:
+        return (self.preset,) if self.preset else super().presets(count, arm)
 
 
 def changed(preset: Preset, words: str) -> Preset:

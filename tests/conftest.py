@@ -37,9 +37,9 @@ def short_presets():
     from downstream import finetune as ft
 
     patch = pytest.MonkeyPatch()
-    for name in ("_FEW", "_SOME", "_MANY", "_SCRATCH_FEW", "_SCRATCH_MANY"):
+    for name in ("_FEW", "_SOME", "_MANY", "_SCRATCH_FEW", "_SCRATCH_MANY", "_DENSE_MANY", "_DENSE_SCRATCH_MANY"):
         patch.setattr(ft, name, tuple(dataclasses.replace(p, steps=4, batch_size=16) for p in getattr(ft, name)))
-    for name in ("GROWTH", "SCRATCH_GROWTH"):
+    for name in ("GROWTH", "SCRATCH_GROWTH", "DENSE_GROWTH", "DENSE_SCRATCH_GROWTH"):
         patch.setattr(ft, name, ft.Growth(passes=0, steps=0, at_least=0))
     yield patch
     patch.undo()

@@ -10,8 +10,8 @@ import torch
 from downstream import choosing
 from downstream import finetune as ft
 from downstream.classifier import load_classifier, save_classifier
-from downstream.table import Images, Table
-from unlabel.backbone import build_backbone
+from downstream.table import Arm, Images, Table
+from unlabel.backbone import build_backbone, save_backbone
 from unlabel.draws import Draws
 from unlabel.errors import UserError
 
@@ -36,14 +36,17 @@ def test_protocol_table():
     assert all(p.top_layers == 2 for p in ft.presets_for(50, False, top_layers=2))
 
 
-def test_dense_networks_have_their_own_presets_where_labels_are_many():
+def test_dense_networks_have_their_own_presets_where_labels_are_many(tmp_path: Path):
     tuned, scratch = (ft.presets_for(1000, s, 1, 10_000, dense=True) for s in (False, True))
     assert [p.lr for p in tuned] == [p.lr for p in scratch] == [5e-4, 1e-3, 2e-3]
-    assert all(p.batchnorm == "train" and p.layer_decay == 1 for p in (*tuned, *scratch))
+    assert all(p.layer_decay == 1 for p in (*tuned, *scratch))
+    assert {p.batchnorm for p in ft.presets_for(1000, False, None, 10_000, dense=True)} == {"train"}
+    assert {p.batchnorm for p in tuned} == {"eval"}  # what is frozen keeps its statistics, too
     assert [{p.top_layers for p in presets} for presets in (tuned, scratch)] == [{1}, {None}]
     passes = [{p.steps * p.batch_size // 10_000 for p in presets} for presets in (tuned, scratch)]
     assert passes == [{26}, {38}]
     assert {p.steps * p.batch_size for p in scratch} == {12_000 * 32}  # as other networks
+    assert ft.presets_for(1000, False, None, 15_000, dense=True)[0].steps == 2_100
     for from_scratch in (False, True):
         shipped = ft.presets_for(10, from_scratch, labels=10_000)
         assert ft.presets_for(10, from_scratch, labels=10_000, dense=True) == shipped
@@ -52,7 +55,9 @@ def test_dense_networks_have_their_own_presets_where_labels_are_many():
         table = Table(
             none, none, None, ["a", "b"], (50,), 1, ("finetune",), (backbone, "auto"), 8, torch.device("cpu"), Path()
         )
-        assert table.presets(50, False)[0].name == first
+        assert table.presets(50, Arm("of the table", "backbone"))[0].name == first
+        save_backbone(build_backbone("mlp:8" if backbone == "small" else "small", 32), tmp_path)
+        assert table.presets(50, Arm("another", "backbone", (0,), (tmp_path,)))[0].name != first
 
 
 def test_steps_grow_with_the_labels():
