@@ -25,8 +25,8 @@ def print_cost(table: Table, arms: Sequence[Arm], label_free: bool = False) -> N
     ``label_free``: also those for the scores that need no labels.
     """
     known = f"; what is already in {table.out / 'cells'} is not done again" if (table.out / "cells").exists() else ""
-    plan, networks, fits, passes, work, named = list(table.plan()), 0, 0, 0, 0.0, 0
-    smaller = (table.image_size / ft.view_size(table.image_size)) ** 2  # work of a view that is not larger
+    plan, networks, fits, named = list(table.plan()), 0, 0, 0
+    passes = {False: 0, True: 0}  # of views as large as in pretraining, and of larger ones
     for arm in arms:
         protocols = arm.protocols(table.protocols)
         fits += len(arm.seeds) * len(plan) * sum(p not in TRAINED for p in protocols)
@@ -47,9 +47,7 @@ def print_cost(table: Table, arms: Sequence[Arm], label_free: bool = False) -> N
             if "s4l" in protocols:
                 runs += [(p, min(p.batch_size, n) + 4 * min(UNLABELLED, len(table.unlabelled))) for p in tuned]
             for p, images in runs:
-                seen = len(arm.seeds) * p.steps * images
-                passes += seen
-                work += seen * (1.0 if p.larger else smaller)
+                passes[p.larger] += len(arm.seeds) * p.steps * images
     there, back, width = _measured(table)
     if fits:
         drawn = len(np.unique(np.concatenate([table.draws.indices(d, c) for c, d in plan])))
@@ -59,14 +57,15 @@ def print_cost(table: Table, arms: Sequence[Arm], label_free: bool = False) -> N
     if label_free:
         images = networks * lf.passes(len(table.pool), width)
         print(f"cost: label-free scores, {images:,} images, about {images * there / 60:.1f} minutes{known}")
-    if passes:
-        minutes = (work * back + (1 + table.flip) * named * there / smaller) / 60  # named as seen and mirrored
-        print(f"cost: fine-tuning passes {passes:,} images, about {minutes:.1f} minutes{known}")
+    if any(passes.values()):
+        naming = (1 + table.flip) * named * there * back[True] / back[False]  # as seen and mirrored, the larger views
+        minutes = (sum(passes[larger] * back[larger] for larger in back) + naming) / 60
+        print(f"cost: fine-tuning passes {sum(passes.values()):,} images, about {minutes:.1f} minutes{known}")
 
 
-def _measured(table: Table) -> tuple[float, float, int]:
-    """Seconds per image of a forward pass for features, and of a step of fine-tuning, each at its own size and
-    precision; and how many features there are."""
+def _measured(table: Table) -> tuple[float, dict[bool, float], int]:
+    """Seconds per image of a forward pass for features, and of a step of fine-tuning on views of that size (False) and
+    larger ones (True), each at its own precision; and how many features there are."""
     model = ft.Classifier(build_backbone(table.backbone[0], table.image_size, table.backbone[1]), 2)
     model = channels_last(model.to(table.device))
 
@@ -76,23 +75,23 @@ def _measured(table: Table) -> tuple[float, float, int]:
     small, large = images(table.image_size), images(ft.view_size(table.image_size))
     precision = pick_precision("auto", table.device)
 
-    def forward() -> None:
+    def forward(views: torch.Tensor) -> None:
         with torch.inference_mode():
-            model(small)
+            model(views)
 
-    def both() -> None:
+    def both(views: torch.Tensor) -> None:
         with autocast(table.device, precision):
-            logits = model(large)
+            logits = model(views)
         logits.float().sum().backward()
 
     seconds = []
-    for work in (forward, both):
+    for work, views in ((forward, small), (both, small), (both, large)):
         times = []
         for _ in range(4):
             begun = time.perf_counter()
-            work()
+            work(views)
             if table.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begun)
-        seconds.append(float(np.median(times[1:])) / len(small))
-    return seconds[0], seconds[1], model.backbone.channels
+        seconds.append(float(np.median(times[1:])) / len(views))
+    return seconds[0], {False: seconds[1], True: seconds[2]}, model.backbone.channels
