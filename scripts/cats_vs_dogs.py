@@ -5,9 +5,9 @@
 Cost: on two cores with bf16 about four hours, of which two are pretraining (60 minutes of rotation, 20 of each task),
 a quarter of an hour probes, the rest fine-tuning (an estimate: it was run in its parts, never as one).
 
-Result (docs/results.md has all of it, with intervals): with 50 labels per class, fine-tuned, 84.9 % of the test photos are
-right after an hour of rotation on cores with bf16, after 20 minutes of rotation, inpainting and denoising 80.6, 58.2
-and 58.2 %, and 61.2 % from scratch; a linear probe of the hour 78.5 %, of random weights 56.3 %.
+Result (docs/results.md has all of it, with intervals): with 50 labels per class, fine-tuned, 84.9 % of the test photos
+are right after an hour of rotation on cores with bf16, after 20 minutes of rotation, inpainting and denoising 80.6,
+58.2 and 58.2 %, and 61.2 % from scratch; a linear probe of the hour 78.5 %, of random weights 56.3 %.
 
 Splits once, by cluster of near-duplicates and by content hash, never by seed: test 2,500 and development 1,500
 photos per class, the rest is the pool. Pretraining sees unlabelled + pool + development, without labels. Then the

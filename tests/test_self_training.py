@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from downstream import cost
 from downstream import evaluate as ev
 from downstream import finetune as ft
 from downstream import self_training as st
 from downstream.classifier import load_classifier
-from downstream.cost import print_cost
 from unlabel.backbone import build_backbone
 from unlabel.cli import main
 
@@ -132,11 +132,19 @@ def test_test_images_change_nothing_that_is_learned(tmp_path: Path, short: pytes
     assert found[0] == found[1]
 
 
-def test_what_it_costs_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    arms = [ev.Arm("scratch", "scratch")]
-    print_cost(a_table(tmp_path, ("self-training",)), arms)
-    passes = ft.presets_for(1, True)[0].steps * 2 + st.SCRATCH_STUDENT.steps * st.SCRATCH_STUDENT.batch_size
-    assert f"fine-tuning passes {passes:,} images" in capsys.readouterr().out
+def test_what_it_costs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Each view by what a step costs at its own size."""
+    table, arms = a_table(tmp_path, ("self-training",)), [ev.Arm("scratch", "scratch")]
+    first, second = ft.presets_for(1, True)[0], st.SCRATCH_STUDENT
+    assert (first.larger, second.larger) == (True, False)
+    large, small = first.steps * 2, second.steps * second.batch_size
+    monkeypatch.setattr(cost, "_measured", lambda _: (0.0, {False: 60.0, True: 600.0}, 8))
+    cost.print_cost(table, arms)
+    told = f"fine-tuning passes {large + small:,} images, about {small + 10 * large:.1f} minutes"
+    assert told in capsys.readouterr().out
+    monkeypatch.undo()
+    cost.print_cost(table, arms)
+    assert f"fine-tuning passes {large + small:,} images" in capsys.readouterr().out
 
 
 def test_more_labels_more_steps_and_scratch_no_fewer():
