@@ -5,6 +5,9 @@
     export OMP_NUM_THREADS=1; $STUDY --share 0/2 & $STUDY --share 1/2; wait     # on two cores, half of the runs each
     python scripts/label_free_study.py judge                            # results/label_free.json and a table
 
+The same on CIFAR-10: `--rows results/label_free_cifar10` to both, `--image-size 32 --stem half` to `run`, whose unknown
+words go to `unlabel pretrain`.
+
 Cost: 48 × 5 minutes of pretraining and 48 × about 3 of measuring, on one core with bf16 each. What is measured of a run
 lies in results/label_free/ and is not done again, so that it can be run over several days, or by several such machines.
 The photos are split by `scripts/cats_vs_dogs.py split`; the truth is asked of the development photos, and no test photo
@@ -33,8 +36,7 @@ from unlabel.cli import main as command_line
 from unlabel.runfolder import RunFolder, commit, hardware, versions
 from unlabel.sources import open_source
 
-ROWS = Path("results/label_free")
-SIZE, MINUTES = 48, 5  # on one core: two such runs side by side see more images than one after the other on two
+MINUTES = 5  # on one core: two such runs side by side see more images than one after the other on two
 # Two ways of setting each task; with two learning rates and two sizes of the crop that makes eight.
 TASKS = {
     "rotation": ("--rotation.blocks 0", "--rotation.blocks 1"),
@@ -88,12 +90,13 @@ def share(text: str) -> slice:
 
 def run_all(args: argparse.Namespace) -> None:
     """Each run is pretrained, then measured."""
-    ROWS.mkdir(parents=True, exist_ok=True)
+    args.rows.mkdir(parents=True, exist_ok=True)
     for run in list(runs())[args.share]:
-        if not (ROWS / f"{run.name}.json").exists():
-            folder = pretrain(run, args.data, args.out)
+        if not (args.rows / f"{run.name}.json").exists():
+            folder = args.out / run.name
+            command(*pretraining(run, folder, args))
             row = measure(run, folder, args.train, args.test) | {"hardware": hardware(), "commit": commit()}
-            write_atomic(ROWS / f"{run.name}.json", (json.dumps(row, indent=1) + "\n").encode())
+            write_atomic(args.rows / f"{run.name}.json", (json.dumps(row, indent=1) + "\n").encode())
 
 
 def command(*words: str) -> None:
@@ -102,13 +105,11 @@ def command(*words: str) -> None:
         raise SystemExit(code)
 
 
-def pretrain(run: Run, data: str, out: Path) -> Path:
-    folder = out / run.name
-    command(
-        "pretrain", run.task, "--data", data, "--out", str(folder), "--image-size", str(SIZE),
-        "--minutes", str(MINUTES), "--seed", str(run.seed), *(word for flag in run.flags for word in flag.split()),
-    )  # fmt: skip
-    return folder
+def pretraining(run: Run, folder: Path, args: argparse.Namespace) -> list[str]:
+    """The words of its command."""
+    own = [word for flag in run.flags for word in flag.split()]
+    words = ["pretrain", run.task, "--data", args.data, "--out", str(folder), "--image-size", str(args.image_size)]
+    return [*words, "--minutes", str(MINUTES), "--seed", str(run.seed), *own, *args.flags]
 
 
 def measure(run: Run, folder: Path, train: str, test: str) -> dict[str, Any]:
@@ -155,7 +156,8 @@ def row_of(run: Run, folder: Path, results: dict[str, Any]) -> dict[str, Any]:
 def few_labels(folder: Path, train: str) -> dict[str, list[float]]:
     """For each number of labels per class: the share of them that is right in each draw, in two halves, each judged by
     a logistic regression on the other. Draws are the same for every run."""
-    cache = load_cache(open_source(train), SIZE)
+    backbone = load_backbone(folder)
+    cache = load_cache(open_source(train), backbone.spec.image_size)
     labels = np.array(cache.labels)
     classes = np.unique(labels)
     drawn = np.stack(
@@ -163,7 +165,7 @@ def few_labels(folder: Path, train: str) -> dict[str, list[float]]:
                    for k, c in enumerate(classes)]) for d in range(PICK_DRAWS)]
     )  # (draws, classes, labels)  # fmt: skip
     used, at = np.unique(drawn, return_inverse=True)
-    features = embed(load_backbone(folder), np.array(cache.images[used]))
+    features = embed(backbone, np.array(cache.images[used]))
     features = (features - features.mean(0)) / (features.std(0) + 1e-6)
     at = at.reshape(drawn.shape)
     found: dict[str, list[float]] = {}
@@ -324,14 +326,14 @@ def judged(rows: list[dict[str, Any]], resamples: int = RESAMPLES) -> dict[str, 
     return found
 
 
-def judge(_: argparse.Namespace) -> None:
-    rows = [json.loads(p.read_text()) for p in sorted(ROWS.glob("*.json"))]
+def judge(args: argparse.Namespace) -> None:
+    rows = [json.loads(p.read_text()) for p in sorted(args.rows.glob("*.json"))]
     missing = sorted({r.name for r in runs()} - {r["name"] for r in rows})
     if missing:
         raise SystemExit(f"{len(missing)} of 48 runs are not measured yet: {', '.join(missing[:6])} …")
     found = judged(rows)
     about = {"judged": found, "versions": versions(), "commit": commit()}
-    ROWS.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+    args.rows.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     for count, part in found.items():
         print(f"\ntruth: linear probe, {count} labels per class; split halves {part['reliability']}")
         print(f"regret of a random pick {part['random_pick']:.1f}, by labels {part['picked_by_labels']}")
@@ -354,12 +356,18 @@ def main() -> None:
     for name in ("--data", "--train", "--test"):
         run.add_argument(name, required=True)
     run.add_argument("--out", type=Path, default=Path("runs/study"))
+    run.add_argument("--image-size", type=int, default=48)
     run.add_argument(
         "--share", type=share, default="0/1", metavar="K/N", help="every N-th run from the K-th on; K from 0"
     )
     run.set_defaults(part=run_all)
-    parts.add_parser("judge").set_defaults(part=judge)
-    args = parser.parse_args()
+    judging = parts.add_parser("judge")
+    judging.set_defaults(part=judge)
+    for part in (run, judging):
+        part.add_argument("--rows", type=Path, default=Path("results/label_free"), help="where what is measured lies")
+    args, args.flags = parser.parse_known_args()
+    if args.flags and args.part is judge:
+        parser.error(f"unknown: {' '.join(args.flags)}")
     args.part(args)
 
 

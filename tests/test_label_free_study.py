@@ -205,7 +205,6 @@ def test_few_labels_are_judged_by_the_other_half(digits_folder: Path, tmp_path: 
             return self.y
 
     monkeypatch.setattr(study, "LogisticRegression", Recorded)
-    monkeypatch.setattr(study, "SIZE", 16)
     monkeypatch.setattr(study, "PICK_DRAWS", 2)
     save_backbone(build_backbone("small", 16), tmp_path)
     found = study.few_labels(tmp_path, str(digits_folder))
@@ -220,8 +219,8 @@ def test_few_labels_are_judged_by_the_other_half(digits_folder: Path, tmp_path: 
 
 def test_runs_are_pretrained_and_measured_once(digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     some = [r for r in study.runs() if r.name in ("rotation-000", "inpainting-111")]
-    for name, value in {"runs": lambda: iter(some), "SIZE": 16, "MINUTES": 0.01, "COUNTS": (2, 5), "DRAWS": 2,
-                        "PICK_DRAWS": 4, "ROWS": tmp_path / "rows"}.items():  # fmt: skip
+    for name, value in {"runs": lambda: iter(some), "MINUTES": 0.01, "COUNTS": (2, 5), "DRAWS": 2,
+                        "PICK_DRAWS": 4}.items():  # fmt: skip
         monkeypatch.setattr(study, name, value)
     source = str(digits_folder)
     test = tmp_path / "test"
@@ -229,7 +228,8 @@ def test_runs_are_pretrained_and_measured_once(digits_folder: Path, tmp_path: Pa
         link = test / path.relative_to(digits_folder)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.write_bytes(path.read_bytes())
-    args = argparse.Namespace(data=source, train=source, test=str(test), out=tmp_path, share=study.share("1/2"))
+    args = argparse.Namespace(data=source, train=source, test=str(test), out=tmp_path, share=study.share("1/2"),
+                              image_size=16, rows=tmp_path / "rows", flags=["--stem", "timm"])  # fmt: skip
     study.run_all(args)
     assert [p.stem for p in (tmp_path / "rows").glob("*.json")] == ["inpainting-111"]
     args.share = study.share("0/2")
@@ -246,6 +246,8 @@ def test_runs_are_pretrained_and_measured_once(digits_folder: Path, tmp_path: Pa
     assert "random" not in rows["inpainting-111"]
     assert set(rows["inpainting-111"]["scores"]) == set(study.SCORES)
 
-    monkeypatch.setattr(study, "pretrain", lambda *_: pytest.fail("what is measured is not run again"))
+    assert json.loads((tmp_path / "rotation-000" / "backbone.json").read_text())["stem"] == "timm"
+
+    monkeypatch.setattr(study, "command", lambda *_: pytest.fail("what is measured is not run again"))
     args.share = study.share("0/1")
     study.run_all(args)
