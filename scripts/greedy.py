@@ -23,6 +23,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from downstream.compress import Principal, squared_error
+from downstream.features import pixels_of
 from pretext.trained import load_trained
 from unlabel.cache import ImageCache, load_cache
 from unlabel.checkpoint import write_atomic
@@ -94,7 +95,7 @@ def main() -> None:
     found = {way: one_way(args, way, train, test) for way in args.ways or [*WAYS, "longer"]}
     if args.ways:
         return
-    pixels = [c.images[:, :, :, :1].transpose(0, 3, 1, 2) / np.float32(255) for c in (train, test)]
+    pixels = [pixels_of(cache, SIZE, 1) for cache in (train, test)]
     components = Principal(pixels[0], CODE)
     linear = squared_error(components.from_code(components.to_code(pixels[1], CODE)), pixels[1])
     each = {way: np.array([r["error"] for r in part["runs"]]) for way, part in found.items()}
