@@ -3,13 +3,13 @@
     export OMP_NUM_THREADS=1      # on two cores, a process each: half an hour
     MNIST="python scripts/greedy.py mnist --out runs/greedy"
     $MNIST --ways greedy & $MNIST --ways joint longer; wait
-    $MNIST                        # results/stacked_greedy.json and a table
+    $MNIST                        # results/stacked_greedy_relu.json and a table
 
 `stacked` without noise, nine layers of 500 and a code of 30 numbers. Both ways have the same minutes for all of their
 phases together, and the one of four learning rates with which they do best on a sixth of the training images, held
 out. Then three seeds each with all of them, scored on the test images; ``longer`` is the whole from the start in four
 times the minutes, one seed. The error is the squared error of an image in [0, 1], summed over its pixels; principal
-components leave what stands below. Finished runs are not done again.
+components leave what stands below. Finished runs are not done again; other images or minutes want another --out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from downstream.compress import Principal, squared_error
 from downstream.features import pixels_of
 from pretext.trained import load_trained
 from unlabel.cache import ImageCache, load_cache
-from unlabel.checkpoint import write_atomic
 from unlabel.config import PretrainConfig
 from unlabel.pretrain import pretrain
 from unlabel.runfolder import RunFolder, commit, hardware, versions
@@ -48,14 +47,11 @@ def error_of(run: Path, images: ImageCache) -> float:
     return sum(errors) / len(images)
 
 
-def trained(folder: Path, config: PretrainConfig, images: ImageCache, held: frozenset[str] = frozenset()) -> Path:
-    """A run, and in ``error.json`` beside it what it leaves of ``images``."""
-    if not (folder / "error.json").exists():
-        pretrain(config, exclude=held)
-        about = RunFolder(folder).read() or {}
-        found = {"error": error_of(folder, images), "lr": config.lr, "seed": config.seed, **about["finished"]}
-        write_atomic(folder / "error.json", (json.dumps(found, indent=1) + "\n").encode())
-    return folder / "error.json"
+def trained(config: PretrainConfig, images: ImageCache, held: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """A run, which `pretrain` does not do again, and what it leaves of ``images``."""
+    pretrain(config, exclude=held)
+    about = RunFolder(config.out).read() or {}
+    return {"error": error_of(config.out, images), "lr": config.lr, "seed": config.seed, **about["finished"]}
 
 
 def one_way(args: argparse.Namespace, way: str, train: ImageCache, test: ImageCache) -> dict[str, Any]:
@@ -68,11 +64,7 @@ def one_way(args: argparse.Namespace, way: str, train: ImageCache, test: ImageCa
             ("stacked",), (args.train,), args.out / name, backbone=f"mlp:{WIDTHS}:{args.activation}", image_size=SIZE,
             minutes=minutes, lr=lr, crop=(1.0, 1.0), flip=False, seed=seed, task_settings={"stacked": WAYS[start]},
         )  # fmt: skip
-        if development:
-            path = trained(config.out, config, held, frozenset(held.hashes))
-        else:
-            path = trained(config.out, config, test)
-        return json.loads(path.read_text())
+        return trained(config, held, frozenset(held.hashes)) if development else trained(config, test)
 
     rates = [run(f"{start}-{rate:g}", rate, 0, args.minutes / 2, True) for rate in RATES]
     best = min(rates, key=lambda r: r["error"])["lr"]
@@ -91,7 +83,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out = args.out / args.activation
     spec = args.test or own_test_split(args.train) or parser.error("--test is needed")
-    train, test = load_cache(open_source(args.train), SIZE), load_cache(open_source(spec), SIZE)
+    sources = [open_source(name) for name in (args.train, spec)]
+    train, test = (load_cache(source, SIZE) for source in sources)
     found = {way: one_way(args, way, train, test) for way in args.ways or [*WAYS, "longer"]}
     if args.ways:
         return
@@ -102,6 +95,7 @@ def main() -> None:
     less = each["joint"] - each["greedy"]
     half = float(student.ppf(0.975, SEEDS - 1) * less.std(ddof=1) / np.sqrt(SEEDS))
     about = {
+        "images": [source.fingerprint for source in sources],
         "widths": WIDTHS, "activation": args.activation, "minutes": args.minutes, "principal_components": linear,
         "ways": found, "joint_less_greedy": {"mean": float(less.mean()), "half_width": half},
         "hardware": hardware(), "versions": versions(), "commit": commit(),

@@ -5,13 +5,17 @@
     export OMP_NUM_THREADS=1; $STUDY --share 0/2 & $STUDY --share 1/2; wait     # on two cores, half of the runs each
     python scripts/label_free_study.py judge                            # results/label_free.json and a table
 
-The same on CIFAR-10: `--rows results/label_free_cifar10` to both, `--image-size 32 --stem half` to `run`, whose unknown
-words go to `unlabel pretrain`.
+The same on CIFAR-10, whose two folders have a folder for each class (words that `run` does not know go to `unlabel
+pretrain`):
+
+    python scripts/label_free_study.py run --data cifar10/train --train cifar10/train --test cifar10/test \
+        --image-size 32 --stem half --out runs/study-cifar10 --rows results/label_free_cifar10
+    python scripts/label_free_study.py judge --rows results/label_free_cifar10
 
 Cost: 48 × 5 minutes of pretraining and 48 × about 3 of measuring, on one core with bf16 each. What is measured of a run
 lies in results/label_free/ and is not done again, so that it can be run over several days, or by several such machines.
 The photos are split by `scripts/cats_vs_dogs.py split`; the truth is asked of the development photos, and no test photo
-is read.
+is read by it.
 """
 
 from __future__ import annotations
@@ -91,12 +95,21 @@ def share(text: str) -> slice:
 def run_all(args: argparse.Namespace) -> None:
     """Each run is pretrained, then measured."""
     args.rows.mkdir(parents=True, exist_ok=True)
+    way = {"image_size": args.image_size, "also": args.flags}
+    if any(way_of(json.loads(p.read_text())) != way for p in args.rows.glob("*.json")):
+        raise SystemExit(f"{args.rows} holds runs of another image size or with other flags: choose another --rows")
     for run in list(runs())[args.share]:
         if not (args.rows / f"{run.name}.json").exists():
             folder = args.out / run.name
             command(*pretraining(run, folder, args))
-            row = measure(run, folder, args.train, args.test) | {"hardware": hardware(), "commit": commit()}
+            row = measure(run, folder, args.train, args.test) | way
+            row |= {"hardware": hardware(), "commit": commit()}
             write_atomic(args.rows / f"{run.name}.json", (json.dumps(row, indent=1) + "\n").encode())
+
+
+def way_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What all rows have in common."""
+    return {"image_size": row.get("image_size", 48), "also": row.get("also", [])}  # the first did not say
 
 
 def command(*words: str) -> None:
@@ -108,8 +121,9 @@ def command(*words: str) -> None:
 def pretraining(run: Run, folder: Path, args: argparse.Namespace) -> list[str]:
     """The words of its command."""
     own = [word for flag in run.flags for word in flag.split()]
-    words = ["pretrain", run.task, "--data", args.data, "--out", str(folder), "--image-size", str(args.image_size)]
-    return [*words, "--minutes", str(MINUTES), "--seed", str(run.seed), *own, *args.flags]
+    words = ["pretrain", run.task, *args.flags, "--data", args.data, "--out", str(folder)]
+    words += ["--image-size", str(args.image_size), "--minutes", str(MINUTES), "--seed", str(run.seed)]
+    return [*words, *own]  # the last of two of a kind counts: the plan's
 
 
 def measure(run: Run, folder: Path, train: str, test: str) -> dict[str, Any]:

@@ -248,6 +248,23 @@ def test_runs_are_pretrained_and_measured_once(digits_folder: Path, tmp_path: Pa
 
     assert json.loads((tmp_path / "rotation-000" / "backbone.json").read_text())["stem"] == "timm"
 
+    args.flags = []
+    with pytest.raises(SystemExit, match="other flags"):
+        study.run_all(args)
+    args.flags = ["--stem", "timm"]
+
     monkeypatch.setattr(study, "command", lambda *_: pytest.fail("what is measured is not run again"))
     args.share = study.share("0/1")
     study.run_all(args)
+
+
+def test_words_that_judging_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("sys.argv", ["study", "judge", "--rows", str(tmp_path), "--stem", "half"])
+    with pytest.raises(SystemExit):
+        study.main()
+    assert "unknown: --stem half" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["study", "judge", "--rows", str(tmp_path)])
+    with pytest.raises(SystemExit, match="48 of 48 runs"):
+        study.main()
