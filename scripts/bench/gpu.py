@@ -1,18 +1,12 @@
 """Speed on a GPU: `unlabel pretrain` beside what the card can do, in under ten minutes. Writes results/gpu.json.
 
     python scripts/bench/gpu.py
-    python scripts/bench/gpu.py --cifar10 TRAIN TEST            # and to what accuracy in how many minutes
-    python scripts/bench/gpu.py --cifar10 TRAIN TEST --no-races # that alone
     python scripts/bench/gpu.py --device cpu --network small --size 64 --batch 32 --images 128    # does it run?
 
 For rotation and inpainting, in turns in each of five rounds: a later epoch of the command; *limit*, the same module's
 steps on a batch that is in memory; *timm*, a loop like timm's own training benchmark (benchmark.py, --bench train: one
 random batch, a thousand classes, SGD) for that network on that card, with as many views in a batch. Precision
 and layout are the same for all: bf16 where the card has it, channels-last. Photos are cut from scikit-learn's two.
-
-With --cifar10, folders or archives of its training and test images with a folder per class: RotNet's network (nin.py)
-predicts rotations for --minutes, with its paper's batches and SGD, but this library's views and half a cosine instead
-of three drops, and a classifier is trained on its second block with all labels. Published: 89.06 %, original images.
 """
 
 from __future__ import annotations
@@ -27,21 +21,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from loops import Setting, blocks_of_steps, limit, unlabel_run
-from nin import accuracy_on_block_two
 from photos import cut_photos
 
-from unlabel.backbone import channels_last, load_backbone
-from unlabel.cache import load_cache
-from unlabel.config import BACKBONES, Device, PretrainConfig
+from unlabel.backbone import channels_last
+from unlabel.config import BACKBONES
 from unlabel.precision import autocast, pick_precision
-from unlabel.pretrain import pretrain
 from unlabel.runfolder import commit, hardware, versions
-from unlabel.sources import open_source
 
 ROUNDS = 5
 TASKS = {"rotation": 4, "inpainting": 1}  # views of an image
@@ -103,35 +92,6 @@ def race(setting: Setting, views: int) -> dict[str, list[float]]:
     return {name: [round(v, 1) for v in values] for name, values in speeds.items()}
 
 
-def labelled(spec: str) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (N, 32, 32, 3), and the classes (N,) in the order of their names."""
-    source = open_source(spec)
-    source.require_labels()
-    cache = load_cache(source, 32)
-    assert cache.labels is not None
-    return np.array(cache.images[:]), np.unique(cache.labels, return_inverse=True)[1]
-
-
-def time_to_accuracy(sets: tuple[str, str], device: Device, minutes: float, epochs: int) -> dict[str, Any]:
-    """Pretraining for that many minutes, then the classifier: its accuracy, and what the two took."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = PretrainConfig(
-            ("rotation",), (sets[0],), Path(folder) / "run", backbone="nin4", stem="timm", image_size=32,
-            batch_size=128, optimizer="sgd", lr=0.1, weight_decay=5e-4, minutes=minutes, device=device,
-            task_settings={"rotation": {"blocks": 0}},
-        )  # fmt: skip
-        begun = time.perf_counter()
-        run = pretrain(config)
-        pretrained = time.perf_counter()
-        images = json.loads((run / "config.json").read_text())["finished"]["images_seen"]
-        accuracy = accuracy_on_block_two(load_backbone(run).to(device), labelled(sets[0]), labelled(sets[1]), epochs)
-    ended = time.perf_counter()
-    return {
-        "accuracy": accuracy, "images_seen": images, "pretraining_minutes": round((pretrained - begun) / 60, 2),
-        "classifier_minutes": round((ended - pretrained) / 60, 2),
-    }  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -139,10 +99,6 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64, help="images; rotation shows each of them four times")
     parser.add_argument("--images", type=int, default=2048, help="of an epoch")
-    parser.add_argument("--cifar10", nargs=2, metavar=("TRAIN", "TEST"))
-    parser.add_argument("--races", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--minutes", type=float, default=3.0, help="of pretraining on CIFAR-10")
-    parser.add_argument("--epochs", type=int, default=30, help="of the classifier on CIFAR-10")
     parser.add_argument("--out", type=Path, default=Path("results/gpu.json"))
     args = parser.parse_args()
     begun, device = time.perf_counter(), torch.device(args.device)
@@ -151,7 +107,7 @@ def main() -> None:
     found: dict[str, Any] = {"about": about, "precision": pick_precision("auto", device), "views_per_second": {}}
     with tempfile.TemporaryDirectory() as folder:
         photos = cut_photos(Path(folder), args.images, (500, 375))
-        for task, views in TASKS.items() if args.races else ():
+        for task, views in TASKS.items():
             setting = Setting(task, args.network, photos, args.images, args.size, device, args.batch)
             speeds = race(setting, views)
             found["views_per_second"][task] = speeds
@@ -164,11 +120,6 @@ def main() -> None:
                 wanted = f", wanted {AT_LEAST}" if over == "limit" else ""
                 low, high = min(each), max(each)
                 print(f"  later / {over}: {statistics.median(each):.3f} [{low:.3f}, {high:.3f}]{wanted}", flush=True)
-    if args.cifar10:
-        found["cifar10"] = time_to_accuracy(tuple(args.cifar10), args.device, args.minutes, args.epochs)
-        found["minutes"] = round((time.perf_counter() - begun) / 60, 2)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"CIFAR-10: {found['cifar10']}")
     print(f"{found['minutes']} minutes; {args.out}")
 
 
