@@ -194,9 +194,7 @@ def ours(arm: str, data: str, classes: int, epochs: float, seed: int, device: to
     """``unlabel pretrain`` with the arm's words."""
     views, words = ARMS[arm]
     with tempfile.TemporaryDirectory() as folder:
-        told = (
-            f"--backbone nin4 --stem timm --image-size 32 --seed {seed} --epochs {epochs * 4 / views} --device {device}"
-        )
+        told = f"--backbone nin4 --stem timm --image-size 32 --seed {seed} --epochs {epochs * 4 / views}"
         words = ["pretrain", *words.split(), *told.split(), "--data", data, "--out", f"{folder}/run"]
         print(f"$ unlabel {shlex.join(words)}", flush=True)
         if code := command_line(words):
