@@ -37,6 +37,9 @@ from unlabel.backbone import load_backbone
 from unlabel.cache import load_cache
 from unlabel.checkpoint import write_atomic
 from unlabel.cli import main as command_line
+from unlabel.page import css
+from unlabel.report_charts import figure
+from unlabel.report_plots import Line, Panel, Point, nice_axis, styles
 from unlabel.runfolder import RunFolder, commit, hardware, versions
 from unlabel.sources import open_source
 
@@ -340,6 +343,34 @@ def judged(rows: list[dict[str, Any]], resamples: int = RESAMPLES) -> dict[str, 
     return found
 
 
+def picture(rows: list[dict[str, Any]], count: int) -> str:
+    """SVG: for each score a chart of all runs, the truth against it; random weights beside them."""
+    tasks, random = list(TASKS), [r["random"] for r in rows if "random" in r]
+    style, panels = styles([*tasks, "random"]), []
+    for name in SCORES:
+        shown = {t: [r for r in rows if r["task"] == t and name in r["scores"]] for t in tasks} | {
+            "random": [r for r in random if name in r["scores"]]
+        }
+        points = {
+            t: [
+                Point(
+                    r["scores"][name] * (SCORES[name] or 1),
+                    float(np.mean(r["accuracy"][str(count)])),
+                    tip=r.get("name", ""),
+                )
+                for r in of
+            ]
+            for t, of in shown.items()
+        }
+        every = [p for of in points.values() for p in of]
+        if every:
+            x = nice_axis(min(p.x for p in every), max(p.x for p in every), "higher is thought better")
+            y = nice_axis(min(p.y for p in every), max(p.y for p in every), percent=True)
+            lines = [Line(t, style[t], of, joined=False) for t, of in points.items() if of]
+            panels.append(Panel(f"% right against {name}", lines, x, y))
+    return figure(panels, css(), 3)
+
+
 def judge(args: argparse.Namespace) -> None:
     rows = [json.loads(p.read_text()) for p in sorted(args.rows.glob("*.json"))]
     missing = sorted({r.name for r in runs()} - {r["name"] for r in rows})
@@ -348,6 +379,7 @@ def judge(args: argparse.Namespace) -> None:
     found = judged(rows)
     about = {"judged": found, "versions": versions(), "commit": commit()}
     args.rows.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+    args.rows.with_suffix(".svg").write_text(picture(rows, COUNTS[-1]), "utf-8")
     for count, part in found.items():
         print(f"\ntruth: linear probe, {count} labels per class; split halves {part['reliability']}")
         print(f"regret of a random pick {part['random_pick']:.1f}, by labels {part['picked_by_labels']}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -268,3 +270,27 @@ def test_words_that_judging_does_not_know(
     monkeypatch.setattr("sys.argv", ["study", "judge", "--rows", str(tmp_path)])
     with pytest.raises(SystemExit, match="48 of 48 runs"):
         study.main()
+
+
+def test_what_judging_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    rows = made_up(np.random.default_rng(0), "lidar", 1)
+    rows[0]["random"] = {"scores": {"lidar": 0.5}, "accuracy": {str(c): [0.25] for c in study.COUNTS}}
+    (tmp_path / "rows").mkdir()
+    for row in rows[1:]:
+        (tmp_path / "rows" / f"{row['name']}.json").write_text(json.dumps(row))
+    args = argparse.Namespace(rows=tmp_path / "rows")
+    with pytest.raises(SystemExit, match="1 of 48"):
+        study.judge(args)
+    (tmp_path / "rows" / f"{rows[0]['name']}.json").write_text(json.dumps(rows[0]))
+    monkeypatch.setattr(study, "judged", partial(study.judged, resamples=200))
+    study.judge(args)
+    printed = capsys.readouterr().out
+    assert "winner: lidar" in printed
+    assert "random weights: 25.0 %, {'lidar': 0.5}" in printed
+    assert json.loads((tmp_path / "rows.json").read_text())["judged"]["50"]["winner"] == "lidar"
+    root = ElementTree.fromstring((tmp_path / "rows.svg").read_text())
+    panels = {p.attrib["aria-label"].split(":")[0]: p for p in root.iter() if p.attrib.get("class") == "panel"}
+    assert list(panels) == [f"% right against {name}" for name in study.SCORES]
+    named = {name: [t.text for t in p.iter() if t.tag.endswith("title")] for name, p in panels.items()}
+    assert sorted(named["% right against lidar"]) == sorted([*(r["name"] for r in rows), "random: 25.0 %"])
+    assert len(named["% right against rotation_probe"]) == 40  # not asked of rotation

@@ -75,7 +75,7 @@ def write_report(folder: Path) -> Path:
 
 def accuracy_svg(results: dict[str, Any]) -> str:
     """Accuracy against labels per class with bands, as an SVG document of its own; "" without results."""
-    return report_charts.accuracy_svg(results, css())
+    return report_charts.figure(report_charts.accuracy_panels(results), css())
 
 
 def _read_results(folder: Path) -> dict[str, Any]:

@@ -226,15 +226,16 @@ def legend(panels: Sequence[Panel]) -> list[tuple[str, Style]]:
     return sorted(shown.items(), key=lambda item: item[1].colour == "control")
 
 
-def accuracy_svg(results: dict[str, Any], style_sheet: str) -> str:
-    """Accuracy against labels as one SVG document that stands alone, for a README; "" without results.
+def figure(panels: Sequence[Panel], style_sheet: str, columns: int | None = None) -> str:
+    """Panels with their legend as one SVG document that stands alone, for a README; "" without panels.
 
-    `style_sheet` is the CSS text that colours the panels.
+    `style_sheet` is the CSS text that colours them; all are in one row unless `columns` are given.
     """
-    panels = accuracy_panels(results)
     if not panels:
         return ""
-    width, x, y, entries = WIDTH * len(panels), 0, HEIGHT + 18, []
+    columns = columns or len(panels)
+    width, rows = WIDTH * columns, -(-len(panels) // columns)
+    x, y, entries = 0, HEIGHT * rows + 18, []
     for name, style in legend(panels):
         room = 44 + round(7 * len(name))
         if x + room > width and x:
@@ -243,8 +244,11 @@ def accuracy_svg(results: dict[str, Any], style_sheet: str) -> str:
         entries.append(f'<text x="{x + 44}" y="{y}">{escape(name)}</text>')
         x += room + 12
     size = f'viewBox="0 0 {width} {y + 12}" width="{width}" height="{y + 12}"'
-    place = [f'x="{i * WIDTH}" y="0" width="{WIDTH}" height="{HEIGHT}"' for i in range(len(panels))]
-    charts = [draw(panel, at) for panel, at in zip(panels, place, strict=True)]
+    places = [(WIDTH * (i % columns), HEIGHT * (i // columns)) for i in range(len(panels))]
+    charts = [
+        draw(panel, f'x="{a}" y="{b}" width="{WIDTH}" height="{HEIGHT}"')
+        for panel, (a, b) in zip(panels, places, strict=True)
+    ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="figure" {size}><style>{style_sheet}</style>'
         f'<rect class="paper" width="100%" height="100%"/>{"".join(charts + entries)}</svg>\n'
