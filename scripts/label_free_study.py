@@ -3,7 +3,7 @@
     STUDY="python scripts/label_free_study.py run --data runs/cvd/split/pretrain --train runs/cvd/split/pool \
         --test runs/cvd/split/development --out runs/study"
     export OMP_NUM_THREADS=1; $STUDY --share 0/2 & $STUDY --share 1/2; wait     # on two cores, half of the runs each
-    python scripts/label_free_study.py judge                            # results/label_free.json and a table
+    python scripts/label_free_study.py judge                            # results/label_free.json and .svg, a table
 
 The same on CIFAR-10, whose two folders have a folder for each class (words that `run` does not know go to `unlabel
 pretrain`):
@@ -62,6 +62,11 @@ SCORES = {
     "effective_rank": 1, "rankme": 1, "alpha_req": 0, "lidar": 1, "alignment": -1, "uniformity": -1,
     "rotation_probe": 1, "jigsaw_probe": 1, "pretext": 1,
 }  # fmt: skip
+SHOWN = {
+    "alpha_req": "minus the distance to 1",
+    "alignment": "minus the alignment",
+    "uniformity": "minus the uniformity",
+}
 WITHIN_WAYS = ("pretext", "final_loss")  # numbers of another kind where the task is set another way
 RANDOM_BESIDE = "rotation-000"  # random weights are measured with this run
 NULLS = ("images_seen", "final_loss", "random")
@@ -344,10 +349,10 @@ def judged(rows: list[dict[str, Any]], resamples: int = RESAMPLES) -> dict[str, 
 
 
 def picture(rows: list[dict[str, Any]], count: int) -> str:
-    """SVG: for each score a chart of all runs, the truth against it; random weights beside them."""
+    """SVG: for each score that all tasks share a chart of the truth against it, random weights beside the runs."""
     tasks, random = list(TASKS), [r["random"] for r in rows if "random" in r]
     style, panels = styles([*tasks, "random"]), []
-    for name in SCORES:
+    for name in (name for name in SCORES if name not in WITHIN_WAYS):
         shown = {t: [r for r in rows if r["task"] == t and name in r["scores"]] for t in tasks} | {
             "random": [r for r in random if name in r["scores"]]
         }
@@ -364,10 +369,10 @@ def picture(rows: list[dict[str, Any]], count: int) -> str:
         }
         every = [p for of in points.values() for p in of]
         if every:
-            x = nice_axis(min(p.x for p in every), max(p.x for p in every), "higher is thought better")
+            x = nice_axis(min(p.x for p in every), max(p.x for p in every), SHOWN.get(name, name))
             y = nice_axis(min(p.y for p in every), max(p.y for p in every), percent=True)
             lines = [Line(t, style[t], of, joined=False) for t, of in points.items() if of]
-            panels.append(Panel(f"% right against {name}", lines, x, y))
+            panels.append(Panel(f"% right with {count} labels, {name}", lines, x, y))
     return figure(panels, css(), 3)
 
 

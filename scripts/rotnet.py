@@ -5,12 +5,14 @@
     python scripts/rotnet.py --table                                    # of what lies in results/rotnet/
 
 Gidaris et al. 2018 (https://arxiv.org/abs/1803.07728), section 4.1: four blocks of network in network learn to tell
-turns; a classifier of three dense layers learns all labels from the second block, which stays as it is: 89.06 %, in the
-last epoch, of the original images. ``reference`` is the recipe of the paper's text and published code, written anew:
-shifts of up to 4 px and mirror images, Nesterov SGD at 0.1 with three drops by 5, decay 5e-4 on all weights, 128 images
-in four turns a step. The other arms are `unlabel pretrain`. ``--epochs`` counts passes in four views of each image, so
-that all arms see as many views. Nothing is chosen by test images: for that there is --hold-out, by which N training
-images, drawn at random, give no labels and are judged instead of the test images.
+turns; a classifier of three dense layers learns all labels from the second block, which stays as it is: 89.06 % of the
+original images. ``reference`` is the recipe of their code, written anew: shifts of up to 4 px and mirror images, SGD
+with Nesterov's momentum at 0.1 with three drops by 5, decay 5e-4 on all weights, 128 images in four turns a step. There
+it goes on for 200 passes (the drops at 60, 120 and 160) and the classifier for 100, of which the last 50 are at 0.0008;
+here these are --epochs and --judge-epochs, with the drops at the same shares, of 50. Where the hardware has bf16, it is
+used. The other arms are `unlabel pretrain`. --epochs counts passes in four views of each image, so that all arms see as
+many views. What counts is the last pass. Nothing is chosen by test images: for that there is --hold-out, by which N
+training images, drawn at random, give no labels (pretraining sees them) and are judged instead of the test images.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor, nn
 
+from downstream.stats import paired
 from unlabel.augment import four_rotations, to_float
 from unlabel.backbone import channels_last, load_backbone
 from unlabel.cache import load_cache
 from unlabel.cli import main as command_line
 from unlabel.distributed import pick_device
+from unlabel.errors import UserError
 from unlabel.precision import autocast, pick_precision
 from unlabel.runfolder import commit, hardware, versions
 from unlabel.sources import open_source
@@ -60,7 +64,6 @@ def block(channels: int, widths: tuple[int, int, int], kernel: int) -> list[nn.M
     layers: list[nn.Module] = []
     for width, side in zip(widths, (kernel, 1, 1), strict=True):
         layers += [nn.Conv2d(channels, width, side, padding=side // 2, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        nn.init.normal_(layers[-3].weight, 0, math.sqrt(2 / (side * side * width)))  # type: ignore[arg-type]
         channels = width
     return layers
 
@@ -93,13 +96,16 @@ def nin4(**_: object) -> NIN:  # so that `--backbone nin4` is known wherever thi
     return NIN()
 
 
-def labelled(spec: str) -> Labelled:
-    """Classes in the order of their names."""
+def labelled(spec: str, classes: list[str] | None = None) -> tuple[Labelled, list[str]]:
+    """The images, and the names of their classes in order, which have to be ``classes``."""
     source = open_source(spec)
     source.require_labels()
     cache = load_cache(source, 32)
     assert cache.labels is not None
-    return np.array(cache.images[:]), np.unique(cache.labels, return_inverse=True)[1]
+    names, found = np.unique(cache.labels, return_inverse=True)
+    if classes is not None and classes != names.tolist():
+        raise UserError(f"{spec} has other classes than the training images")
+    return (np.array(cache.images[:]), found), names.tolist()
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -123,6 +129,8 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
 def batches(n: int, epochs: float, generator: torch.Generator) -> Iterator[tuple[Tensor, float]]:
     """Rows of each step, and the share of the steps that is done."""
     each = n // BATCH
+    if not each:
+        raise UserError(f"{n} images; a step takes {BATCH}")
     steps = max(1, round(epochs * each))
     for step in range(steps):
         if step % each == 0:
@@ -174,6 +182,8 @@ class Judge(nn.Module):
         for layer in self.classifier:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, 0, math.sqrt(2 / layer.out_features))
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def logits(self, pixels: Tensor) -> Tensor:
         maps = self.blocks(self.normalise(pixels).contiguous(memory_format=torch.channels_last))
@@ -190,28 +200,29 @@ def reference(images: Labelled, epochs: float, seed: int, device: torch.device) 
     return Judge(nn.Sequential(*model.nin.blocks[:2]), normalised, int(images[1].max()) + 1).to(device)
 
 
-def ours(arm: str, data: str, classes: int, epochs: float, seed: int, device: torch.device) -> Judge:
+def ours(arm: str, classes: int, args: argparse.Namespace, device: torch.device) -> Judge:
     """``unlabel pretrain`` with the arm's words."""
     views, words = ARMS[arm]
     with tempfile.TemporaryDirectory() as folder:
-        told = f"--backbone nin4 --stem timm --image-size 32 --seed {seed} --epochs {epochs * 4 / views}"
-        words = ["pretrain", *words.split(), *told.split(), "--data", data, "--out", f"{folder}/run"]
+        told = f"--backbone nin4 --stem timm --image-size 32 --seed {args.seed} --epochs {args.epochs * 4 / views}"
+        told += f" --device {args.device}"
+        words = ["pretrain", *words.split(), *told.split(), "--data", args.train, "--out", f"{folder}/run"]
         print(f"$ unlabel {shlex.join(words)}", flush=True)
         if code := command_line(words):
             raise SystemExit(code)
         backbone = load_backbone(Path(folder) / "run").to(device)
-    torch.manual_seed(seed)
+    torch.manual_seed(args.seed)
     blocks = nn.Sequential(*backbone.model.blocks[:2])
     return Judge(blocks, lambda p: backbone.normalise(to_float(p)), classes).to(device)
 
 
-def measure(arm: str, sets: tuple[Labelled, Labelled], args: argparse.Namespace) -> dict:
-    """Pretraining on all images of --train, a classifier on ``sets[0]``, which is judged on ``sets[1]``."""
+def measure(arm: str, known: Labelled, sets: tuple[Labelled, Labelled], args: argparse.Namespace) -> dict:
+    """Pretraining on the images of ``known``, a classifier on ``sets[0]``, which is judged on ``sets[1]``."""
     device, begun = pick_device(args.device), time.perf_counter()
     if arm == "reference":
-        judge = reference(labelled(args.train), args.epochs, args.seed, device)
+        judge = reference(known, args.epochs, args.seed, device)
     else:
-        judge = ours(arm, args.train, int(sets[0][1].max()) + 1, args.epochs, args.seed, device)
+        judge = ours(arm, int(known[1].max()) + 1, args, device)
     pretrained = time.perf_counter()
     train(judge, sets[0], args.judge_epochs, DROPS[1], args.seed)
     judge.classifier.eval()
@@ -229,21 +240,31 @@ def measure(arm: str, sets: tuple[Labelled, Labelled], args: argparse.Namespace)
 
 
 def table(folder: Path) -> None:
-    """Each arm beside the reference of as many epochs, judged by the same images; the mean over seeds."""
+    """Each arm beside the reference of as many epochs, image by image, over the seeds that both have."""
     rows = [json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))]
-    for kind in sorted({(r["held_out"], r["epochs"], r["judge_epochs"]) for r in rows}):
-        own = [r for r in rows if (r["held_out"], r["epochs"], r["judge_epochs"]) == kind]
-        right = {arm: np.mean([[int(c) for c in r["right"]] for r in own if r["arm"] == arm], 0) for arm in ARMS
-                 if any(r["arm"] == arm for r in own)}  # fmt: skip
-        print(f"{'held-out training images' if kind[0] else 'test images'}, {kind[1]:g} epochs")
-        for arm, hits in right.items():
-            minutes = [r["minutes"] for r in own if r["arm"] == arm]
-            text = f"  {arm:<18} {100 * hits.mean():.2f} %  {len(minutes)} seed(s), {np.mean(minutes):.1f} minutes"
-            if arm != "reference" and "reference" in right:
-                gain = 100 * (hits - right["reference"])
-                half = 1.96 * gain.std(ddof=1) / math.sqrt(len(gain))
-                text += f"  {gain.mean():+.2f} [{gain.mean() - half:+.2f}, {gain.mean() + half:+.2f}]"
+    for kind in sorted({setting(r) for r in rows}):
+        print(f"{f'{kind[0]} held-out training images' if kind[0] else 'test images'}, {kind[1]:g} passes")
+        right = {arm: {r["seed"]: [c == "1" for c in r["right"]] for r in rows if (r["arm"], setting(r)) == (arm, kind)}
+                 for arm in ARMS}  # fmt: skip
+        for arm, seeds in right.items():
+            if not seeds:
+                continue
+            minutes = np.mean([r["minutes"] for r in rows if (r["arm"], setting(r)) == (arm, kind)])
+            text = f"  {arm:<18} {100 * np.mean([*seeds.values()]):.2f} %, {len(seeds)} seed(s), {minutes:.1f} minutes"
+            if arm != "reference" and (both := sorted({*seeds} & {*right["reference"]})):
+                a, b = (np.array([of[k] for k in both])[:, None] for of in (seeds, right["reference"]))
+                gain = paired(a, b, np.arange(a.shape[-1]))
+                mean, low, high = (f"{100 * v:+.2f}" for v in (gain.mean, gain.ci_low, gain.ci_high))
+                text += (
+                    f"  {mean} [{low}, {high}] (seeds and images)"
+                    if gain.unit == "seed"
+                    else (f"  {mean} [{low}, {high}] (images only)")
+                )
             print(text)
+
+
+def setting(row: dict) -> tuple[int, float, float]:
+    return row["held_out"], row["epochs"], row["judge_epochs"]
 
 
 def main() -> None:
@@ -263,16 +284,20 @@ def main() -> None:
         return table(args.out)
     if args.train is None or (args.test is None) == (args.hold_out == 0):
         parser.error("TRAIN and either TEST or --hold-out")
-    known = labelled(args.train)
-    order = np.random.default_rng(0).permutation(len(known[0]))
-    kept, held = order[args.hold_out :], order[: args.hold_out]
-    sets = (known[0][kept], known[1][kept]), (known[0][held], known[1][held]) if len(held) else labelled(args.test)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for arm in args.arms:
-        row = measure(arm, sets, args)
-        name = f"{arm}-{args.epochs:g}-{args.seed}{'-held' if args.hold_out else ''}.json"
-        (args.out / name).write_text(json.dumps(row, indent=1) + "\n")
-        print(f"{arm}: {100 * row['accuracy']:.2f} %", flush=True)
+    try:
+        known, classes = labelled(args.train)
+        order = np.random.default_rng(0).permutation(len(known[0]))
+        kept, held = ((known[0][rows], known[1][rows]) for rows in (order[args.hold_out :], order[: args.hold_out]))
+        judged = held if args.hold_out else labelled(args.test, classes)[0]
+        args.out.mkdir(parents=True, exist_ok=True)
+        for arm in args.arms:
+            row = measure(arm, known, (kept, judged), args)
+            name = f"{arm}-{args.epochs:g}-{args.judge_epochs:g}-{args.seed}"
+            name += f"-held{args.hold_out}" if args.hold_out else ""
+            (args.out / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
+            print(f"{arm}: {100 * row['accuracy']:.2f} %", flush=True)
+    except UserError as error:
+        raise SystemExit(f"rotnet.py: {error}") from None
 
 
 if __name__ == "__main__":

@@ -290,7 +290,7 @@ def test_what_judging_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert json.loads((tmp_path / "rows.json").read_text())["judged"]["50"]["winner"] == "lidar"
     root = ElementTree.fromstring((tmp_path / "rows.svg").read_text())
     panels = {p.attrib["aria-label"].split(":")[0]: p for p in root.iter() if p.attrib.get("class") == "panel"}
-    assert list(panels) == [f"% right against {name}" for name in study.SCORES]
+    assert list(panels) == [f"% right with 50 labels, {name}" for name in study.SCORES if name != "pretext"]
     named = {name: [t.text or "" for t in p.iter() if t.tag.endswith("title")] for name, p in panels.items()}
-    assert sorted(named["% right against lidar"]) == sorted([*(r["name"] for r in rows), "random: 25.0 %"])
-    assert len(named["% right against rotation_probe"]) == 40  # not asked of rotation
+    assert sorted(named["% right with 50 labels, lidar"]) == sorted([*(r["name"] for r in rows), "random: 25.0 %"])
+    assert len(named["% right with 50 labels, rotation_probe"]) == 40  # not asked of rotation

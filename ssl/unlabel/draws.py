@@ -19,8 +19,6 @@ from torch import Tensor
 
 __all__ = ["Draws", "mix", "seed_everything"]
 
-_MASK = (1 << 64) - 1
-
 
 def mix(*parts: int | str) -> int:
     """A well-mixed 64-bit key from integers and names; the same on every platform and Python version."""
@@ -100,30 +98,30 @@ class Draws:
             getattr(row, draw)(*args, generator=generator.manual_seed(key))
         return out.to(self.device)
 
-    def _bits(self, shape: tuple[int, ...], each: int = 1) -> Tensor:
-        """(each, N, \\*shape) int64, 53 random bits, of a counter."""
+    def _bits(self, shape: tuple[int, ...]) -> Tensor:
+        """(N, \\*shape) int64, 53 random bits, of a counter."""
         keys = torch.from_numpy(self._keys.view(np.int64)).to(self.device, non_blocking=True)
-        bits = _counted(keys, each * math.prod(shape)) >> 11 & (1 << 53) - 1
-        return bits.view(len(self), each, *shape).transpose(0, 1)
+        return (_counted(keys, math.prod(shape)) >> 11 & (1 << 53) - 1).view(len(self), *shape)
 
     def uniform(self, *shape: int) -> Tensor:
         """(N, \\*shape) float32, uniform in [0, 1)."""
         if self.counted:
-            return (self._bits(shape)[0] >> 29).float() * 2.0**-24
+            return (self._bits(shape) >> 29).float() * 2.0**-24
         return self._by_row(shape, torch.float32, "uniform_")
 
     def normal(self, *shape: int) -> Tensor:
         """(N, \\*shape) float32, standard normal."""
         if self.counted:  # Box & Muller 1958
-            radius, angle = self._bits(shape, 2)
-            radius = ((radius >> 29).float() + 1) * 2.0**-24  # above 0
-            return (-2 * radius.log()).sqrt() * (angle.float() * (2 * math.pi * 2.0**-53)).cos()
+            bits = self._bits(shape)
+            radius = ((bits >> 29).float() + 1) * 2.0**-24  # above 0
+            angle = (bits & (1 << 29) - 1).float() * (2 * math.pi * 2.0**-29)
+            return (-2 * radius.log()).sqrt() * angle.cos()
         return self._by_row(shape, torch.float32, "normal_")
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """(N, \\*shape) int64, uniform in 0 … high - 1."""
         if self.counted:
-            return self._bits(shape)[0] % high
+            return self._bits(shape) % high
         return self._by_row(shape, torch.int64, "random_", 0, high)
 
     def slice(self, start: int, stop: int) -> Draws:
