@@ -386,18 +386,27 @@ def judge(args: argparse.Namespace) -> None:
     args.rows.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
     args.rows.with_suffix(".svg").write_text(picture(rows, COUNTS[-1]), "utf-8")
     for count, part in found.items():
-        print(f"\ntruth: linear probe, {count} labels per class; split halves {part['reliability']}")
-        print(f"regret of a random pick {part['random_pick']:.1f}, by labels {part['picked_by_labels']}")
-        print(f"winner: {part['winner']}")
-        for other in (r["random"] for r in rows if "random" in r):
-            own = {name: round(value, 3) for name, value in other["scores"].items()}
-            print(f"random weights: {100 * np.mean(other['accuracy'][count]):.1f} %, {own}")
-        for name, r in part["scores"].items():
-            low, high = r["tau_interval"]
-            rho = f"{r['rho_across']:+.2f}" if "rho_across" in r else "     "
-            lost = f"{r['regret']:.1f}" if "regret" in r else "   "
-            p = f"{r['p_holm']:.4f}" if "p_holm" in r else f"({r['p']:.4f})"
-            print(f"{name:<16} tau {r['tau_within']:+.2f} [{low:+.2f}, {high:+.2f}]  p {p}  rho {rho}  regret {lost}")
+        print(f"\n{shown(part, count, [r['random'] for r in rows if 'random' in r])}")
+
+
+def shown(part: dict[str, Any], count: str, random: list[dict[str, Any]]) -> str:
+    """What was judged of the truth with ``count`` labels per class, as text."""
+    agree, lines = part["reliability"], [f"truth: linear probe, {count} labels per class"]
+    lines.append(f"two halves of its draws: tau {agree['tau_within']:.2f} within tasks, rho {agree['rho']:.2f} across")
+    lines += ["", f"{'':<16}{'tau within tasks':<22}{'p':>9}{'rho':>7}{'given seen':>12}{'regret':>8}{'within':>8}"]
+    for name, r in part["scores"].items():
+        low, high = r["tau_interval"]
+        tau = f"{r['tau_within']:+.2f} [{low:+.2f}, {high:+.2f}]"
+        p = f"{r['p_holm']:.4f}" if "p_holm" in r else f"({r['p']:.4f})"
+        rho, given = (f"{r[key]:+.2f}" if key in r else "" for key in ("rho_across", "rho_given_images_seen"))
+        lost = f"{r['regret']:.1f}" if "regret" in r else ""
+        lines.append(f"{name:<16}{tau:<22}{p:>9}{rho:>7}{given:>12}{lost:>8}{r['regret_within']:>8.1f}")
+    labels = ", ".join(f"{lost:.1f} by {m}" for m, lost in part["picked_by_labels"].items())
+    lines += ["", f"regret, in points: {part['random_pick']:.1f} of a random pick; {labels} labels per class"]
+    for other in random:
+        own = ", ".join(f"{name} {value:.3g}" for name, value in other["scores"].items())
+        lines.append(f"random weights: {100 * np.mean(other['accuracy'][count]):.1f} % ({own})")
+    return "\n".join([*lines, f"winner: {part['winner']}"])
 
 
 def main() -> None:

@@ -286,7 +286,7 @@ def test_what_judging_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     study.judge(args)
     printed = capsys.readouterr().out
     assert "winner: lidar" in printed
-    assert "random weights: 25.0 %, {'lidar': 0.5}" in printed
+    assert "random weights: 25.0 % (lidar 0.5)" in printed
     assert json.loads((tmp_path / "rows.json").read_text())["judged"]["50"]["winner"] == "lidar"
     root = ElementTree.fromstring((tmp_path / "rows.svg").read_text())
     panels = {p.attrib["aria-label"].split(":")[0]: p for p in root.iter() if p.attrib.get("class") == "panel"}
