@@ -85,6 +85,16 @@ def choose(sets: FeatureSets, judge: Judge, judged: Judged | None = None) -> tup
     return best
 
 
+def rising(losses: np.ndarray) -> bool:
+    """Whether the last known of the (settings, labels) losses is more than a standard error above the lowest: along a
+    path of ever weaker regularisation they fall and then rise, and what follows (inf until it is known) is not asked
+    for. It is the longest part of the fitting."""
+    known = losses[np.isfinite(losses).all(axis=1)].mean(axis=1)
+    best = int(known.argmin())
+    error = losses[best].std(ddof=1) / np.sqrt(losses.shape[1])
+    return bool(known[-1] > known[best] + error)
+
+
 def one_standard_error(losses: np.ndarray) -> int:
     """Which of the settings, simplest first, to take from (settings, labels) cross-validated losses.
 

@@ -116,13 +116,18 @@ def _choose(
     def log_losses(blocks: tuple[Block, ...]) -> np.ndarray:
         z = _same_products(standardised(features, blocks, stats, train_idx[keep]))
         at_once = max(1, WEIGHTS_AT_ONCE // ((int(y.max()) + 1) * max(len(few), 25 * z.shape[1])))
-        losses = np.zeros((len(GRID_C), len(few)))
-        for start in range(0, len(fitted), at_once):
-            some = fitted[start : start + at_once]
-            for row, (coef, intercept) in zip(losses, logistic_path(z, few, GRID_C, some), strict=True):
+        parts = [fitted[start : start + at_once] for start in range(0, len(fitted), at_once)]
+        paths = zip(*(logistic_path(z, few, GRID_C, some) for some in parts), strict=True)
+        losses = np.full((len(GRID_C), len(few)), np.inf)
+        for row, fits in zip(losses, paths, strict=False):
+            row[:] = 0
+            for some, (coef, intercept) in zip(parts, fits, strict=True):
                 log_p = log_softmax(np.einsum("nd,fkd->fnk", z, coef, optimize=True) + intercept[:, None], axis=2)
                 row -= np.where(some, 0, log_p[:, np.arange(len(few)), few]).sum(axis=0)
-        return losses / times
+            row /= times
+            if choosing.rising(losses):
+                break
+        return losses
 
     with one_thread(len(few)):
         name, k = choosing.choose(sets, log_losses, judged)

@@ -216,6 +216,36 @@ def test_one_standard_error_rule_by_hand():
     assert choosing.one_standard_error(losses) == 2
 
 
+def test_a_path_ends_where_losses_rise():
+    """By hand: two labels, so that the standard error of a pair (a, b) is |a - b| / 2."""
+    open_ = [np.inf, np.inf]
+    assert not choosing.rising(np.array([[1.0, 1.4], open_, open_]))
+    assert not choosing.rising(np.array([[1.0, 1.4], [1.1, 1.5], open_]))  # 0.1 above the lowest, error 0.2
+    assert choosing.rising(np.array([[1.0, 1.4], [1.1, 1.5], [1.3, 1.6]]))  # 0.25 above
+    assert not choosing.rising(np.array([[1.0, 1.4], [0.6, 1.0], open_]))
+
+
+@pytest.mark.parametrize("per_class", [10, 30])
+def test_what_is_chosen_is_that_of_the_whole_path(per_class, monkeypatch):
+    fits = []
+    path = probe.logistic_path
+    monkeypatch.setattr(probe, "logistic_path", lambda *a, **k: (fits.append(1) or fit for fit in path(*a, **k)))
+    found = {}
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(choosing, "rising", lambda losses: False)
+        fits.clear()
+        found[whole] = []
+        for seed in range(4):
+            features, y = make(classes=2 + seed % 2, width=6, signal=(0.0, 1.0), seed=seed)
+            train = LabelDraws(y, per_class, 1).indices(0, per_class)
+            result = fit_probe(features, train, y[train], feature_stats(features), per_class)
+            found[whole].append((result.chosen, result.on_grid_edge))
+        found[whole].append(len(fits))
+    assert found[True][:-1] == found[False][:-1]
+    assert found[False][-1] < 0.8 * found[True][-1]
+
+
 def test_grid_edge_is_reported(monkeypatch):
     features, y = make(signal=(0.0, 0.0))
     draws, stats = LabelDraws(y, 20, 8), feature_stats(features)
