@@ -167,10 +167,12 @@ def row_of(run: Run, folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     """What is known of a run; with one of them, also of random weights."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     random = {"scores": scores_of(results, "random"), "accuracy": accuracies(results, "random")}
+    about = RunFolder(folder).read() or {}
     return {
         "name": run.name, "task": run.task, "way": run.flags[0], "flags": list(run.flags),
         "scores": scores_of(results, run.task), "accuracy": accuracies(results, run.task),
-        "images_seen": (RunFolder(folder).read() or {})["finished"]["images_seen"], "final_loss": lines[-1]["loss"],
+        "images_seen": about["finished"]["images_seen"], "final_loss": lines[-1]["loss"],
+        "images": about["data"]["content"],  # a hash of those that it was pretrained on
         **({"random": random} if random["scores"] else {}),
     }  # fmt: skip
 

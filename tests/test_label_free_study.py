@@ -107,6 +107,12 @@ def test_reliability_of_the_truth():
     assert noisy["rho_whole"] == pytest.approx(2 * noisy["rho"] / (1 + noisy["rho"]))
 
 
+@pytest.fixture
+def one_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That with 50 labels alone: half of the time."""
+    monkeypatch.setattr(study, "COUNTS", (50,))
+
+
 def made_up(rng: np.random.Generator, follow: str, sign: int) -> list[dict]:
     """Rows in which one score follows the truth, or its negative, and the others do not."""
     rows = []
@@ -124,6 +130,7 @@ def made_up(rng: np.random.Generator, follow: str, sign: int) -> list[dict]:
     return rows
 
 
+@pytest.mark.usefixtures("one_truth")
 @pytest.mark.parametrize(("follow", "sign"), [("rankme", 1), ("uniformity", -1), ("alignment", -1)])
 def test_the_score_that_follows_the_truth_wins(follow: str, sign: int):
     """Lower alignment and uniformity are thought better, and more of the others."""
@@ -142,6 +149,7 @@ def test_the_score_that_follows_the_truth_wins(follow: str, sign: int):
     assert "p_holm" not in table["random"]
 
 
+@pytest.mark.usefixtures("one_truth")
 def test_no_winner_without_a_relation_or_with_the_wrong_sign():
     wrong = study.judged(made_up(np.random.default_rng(0), "rankme", -1), resamples=200)["50"]
     assert wrong["scores"]["rankme"]["p_holm"] < 0.05
@@ -154,6 +162,7 @@ def test_no_winner_without_a_relation_or_with_the_wrong_sign():
     assert same["winner"] is None
 
 
+@pytest.mark.usefixtures("one_truth")
 def test_the_pretext_metric_is_compared_with_runs_that_are_set_alike():
     """It follows the truth among those, and not between one way of setting a task and the other."""
     rows = made_up(np.random.default_rng(0), "rankme", 1)
@@ -165,7 +174,7 @@ def test_the_pretext_metric_is_compared_with_runs_that_are_set_alike():
 def test_a_row_turns_every_score_the_way_that_is_thought_better(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"loss": 2.0}\n{"loss": 1.5}\n')
     done = {"images_seen": 7, "steps": 1, "seconds": 1, "backbone_sha256": ""}
-    about = {"settings": {}, "resolved": {}, "fingerprint": "", "finished": done}
+    about = {"settings": {}, "resolved": {}, "fingerprint": "", "finished": done, "data": {"content": "abc"}}
     (tmp_path / "config.json").write_text(json.dumps(about))
     run = next(r for r in study.runs() if r.task == "denoising")
 
@@ -183,7 +192,7 @@ def test_a_row_turns_every_score_the_way_that_is_thought_better(tmp_path: Path):
     assert row["accuracy"] == {"10": [0.6, 0.62], "50": [0.7]}
     assert row["random"]["scores"] == pytest.approx({"alpha_req": -0.2, "rankme": 8.0})
     assert row["random"]["accuracy"] == {"10": [0.5], "50": []}
-    assert (row["images_seen"], row["final_loss"]) == (7, 1.5)
+    assert (row["images_seen"], row["final_loss"], row["images"]) == (7, 1.5, "abc")
     alone = study.row_of(run, tmp_path, {"label_free": scores, "rows": accuracy})
     assert "random" not in alone
 
@@ -243,6 +252,7 @@ def test_runs_are_pretrained_and_measured_once(digits_folder: Path, tmp_path: Pa
         assert {k: len(v) for k, v in row["picked"].items()} == {"2": 4, "10": 4, "20": 4}
         assert np.mean(row["picked"]["20"]) > 0.5  # four digits
         assert row["images_seen"] > 0
+        assert row["images"] == json.loads((tmp_path / row["name"] / "config.json").read_text())["data"]["content"]
     assert "rotation_probe" not in rows["rotation-000"]["scores"]
     assert "rotation_probe" in rows["rotation-000"]["random"]["scores"]
     assert "random" not in rows["inpainting-111"]
@@ -272,6 +282,7 @@ def test_words_that_judging_does_not_know(
         study.main()
 
 
+@pytest.mark.usefixtures("one_truth")
 def test_what_judging_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     rows = made_up(np.random.default_rng(0), "lidar", 1)
     rows[0]["random"] = {"scores": {"lidar": 0.5}, "accuracy": {str(c): [0.25] for c in study.COUNTS}}
