@@ -119,7 +119,7 @@ def _choose(
         parts = [fitted[start : start + at_once] for start in range(0, len(fitted), at_once)]
         paths = zip(*(logistic_path(z, few, GRID_C, some) for some in parts), strict=True)
         losses = np.full((len(GRID_C), len(few)), np.inf)
-        for row, fits in zip(losses, paths, strict=False):
+        for row, fits in zip(losses, paths, strict=True):
             row[:] = 0
             for some, (coef, intercept) in zip(parts, fits, strict=True):
                 log_p = log_softmax(np.einsum("nd,fkd->fnk", z, coef, optimize=True) + intercept[:, None], axis=2)

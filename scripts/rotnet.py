@@ -255,11 +255,8 @@ def table(folder: Path) -> None:
                 a, b = (np.array([of[k] for k in both])[:, None] for of in (seeds, right["reference"]))
                 gain = paired(a, b, np.arange(a.shape[-1]))
                 mean, low, high = (f"{100 * v:+.2f}" for v in (gain.mean, gain.ci_low, gain.ci_high))
-                text += (
-                    f"  {mean} [{low}, {high}] (seeds and images)"
-                    if gain.unit == "seed"
-                    else (f"  {mean} [{low}, {high}] (images only)")
-                )
+                over = "seeds and images" if gain.unit == "seed" else "images only"
+                text += f"  {mean} [{low}, {high}] ({over})"
             print(text)
 
 

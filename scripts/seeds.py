@@ -22,9 +22,8 @@ import numpy as np
 
 from downstream.stats import paired, summarise
 from unlabel.errors import UserError
+from unlabel.report_text import CONTROLS
 from unlabel.runfolder import commit, versions
-
-CONTROLS = ("random", "pixels", "patches", "scratch")
 
 
 def read(folder: Path, protocol: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
