@@ -22,7 +22,7 @@ from unlabel.distributed import pick_device
 from unlabel.errors import UserError
 from unlabel.sources import open_source
 
-__all__ = ["load_classifier", "predict", "save_classifier", "stored_key"]
+__all__ = ["load_classifier", "name_classes", "predict", "save_classifier", "stored_key"]
 
 
 def save_classifier(model: Classifier, classes: list[str], folder: Path, key: str) -> None:
@@ -44,6 +44,15 @@ def stored_key(folder: Path) -> str | None:
         return json.loads((folder / "classifier.json").read_bytes().decode("utf-8", "surrogatepass")).get("cell")
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
+
+
+def name_classes(folder: Path, classes: list[str]) -> None:
+    """Call the classes of the classifier that is there so: those of the same images may have been renamed."""
+    path = folder / "classifier.json"
+    about = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
+    if about["classes"] != classes:
+        text = json.dumps({**about, "classes": classes}, indent=2) + "\n"
+        write_atomic(path, text.encode("utf-8", "surrogatepass"))
 
 
 def load_classifier(folder: Path) -> tuple[Classifier, list[str]]:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from downstream import finetune as ft
 from downstream import self_training as st
 from downstream.choosing import MAX_LABELS, Judged
-from downstream.classifier import save_classifier, stored_key
+from downstream.classifier import name_classes, save_classifier, stored_key
 from downstream.controls import Patches, Pixels
 from downstream.features import BlockStats, StageFeatures, block_stats, extract, feature_stats, joined
 from downstream.knn import fit_knn
@@ -221,6 +221,8 @@ class ArmFiller:
             predicted, about = self._fit(protocol, count, draw, rows, stage, on_step, keep, self.store.digest(key))
             cell = Cell(predicted, {**about, "seconds": round(time.monotonic() - begun, 3)})
             self.store.put(key, cell)
+        elif keep is not None:
+            name_classes(keep, self.table.classes)
         return cell
 
     def _fit(

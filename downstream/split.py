@@ -13,7 +13,7 @@ from unlabel.cache import ImageCache, evenly_spaced, load_cache
 from unlabel.config import FewLabels
 from unlabel.duplicates import clusters, content_split
 from unlabel.errors import UserError
-from unlabel.sources import open_source, own_test_split
+from unlabel.sources import Source, open_source, own_test_split
 
 __all__ = ["Split", "has_labels", "split_data", "unlabelled_pool"]
 
@@ -143,10 +143,16 @@ def _labelled(config: FewLabels, image_size: int) -> tuple[ImageCache, ImageCach
             )
     found = []
     for source in (train, test):
-        if source is not None:
-            source.require_labels()
-        found.append(load_cache(source, image_size, max_skipped=config.max_skipped) if source is not None else None)
+        found.append(_readable(source, image_size, config.max_skipped) if source is not None else None)
     return found[0], found[1], spec
+
+
+def _readable(source: Source, image_size: int, max_skipped: float) -> ImageCache:
+    """The labelled images; UserError where of a class none is left."""
+    classes, cache = set(source.require_labels()), load_cache(source, image_size, max_skipped=max_skipped)
+    if gone := sorted(classes - set(cache.labels or ())):
+        raise UserError(f"{source.spec}: no image of class {gone[0]!r} can be read; see unlabel check {source.spec}")
+    return cache
 
 
 def _same_classes(train: Sequence[str], test: Sequence[str], split_off: bool) -> None:

@@ -411,6 +411,23 @@ def test_damaged_caches_are_made_again(tmp_path: Path, cache_folder: Path) -> No
         assert list(cache_folder.iterdir()) == [packed]
 
 
+def test_an_image_that_was_repaired_is_looked_at_again(tmp_path: Path, cache_folder: Path, monkeypatch) -> None:
+    """Of the same name and size, as after a download that had kept room for all of it."""
+    folder = make_folder(tmp_path / "f", 3)
+    [*_, last] = sorted(folder.iterdir())
+    good = last.read_bytes()
+    last.write_bytes(bytes(len(good)))
+    monkeypatch.setattr("unlabel.sources._SAMPLE", 1)  # so that the key does not know of it
+    for _ in range(2):
+        assert load_cache(open_source(str(folder)), 32, max_skipped=1, progress=False).skipped == [
+            (last.name, "only zero bytes")
+        ]
+    last.write_bytes(good)
+    for _ in range(2):
+        cache = load_cache(open_source(str(folder)), 32, progress=False)
+        assert (len(cache), cache.skipped, len(list(cache_folder.iterdir()))) == (3, [], 1)
+
+
 def test_equal_names_and_sizes_do_not_share_a_cache(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         (tmp_path / name).mkdir()
@@ -490,7 +507,10 @@ def test_skipped_txt_is_sorted_and_on_one_line_each(tmp_path: Path) -> None:
     assert [line.count("\t") for line in lines] == [1] * len(names)
     assert printable("a\ttab.jpg") == "a\\ttab.jpg"
     assert printable("Grüße 猫.jpg") == "Grüße 猫.jpg"
-    assert printable("back\\slash") == "back\\\\slash"
+    for name in ("back\\slash", "1.00\u202fPM.png", "写真\u30001.png", "no\u00a0break", "👩\u200d🔬.png"):
+        assert printable(name) == name  # what joins a table to the files
+    assert printable("\u202egnp.exe\u2028") == "\\u202egnp.exe\\u2028"
+    assert printable(printable("a\nb\udcff")) == printable("a\nb\udcff") == "a\\nb\\xff"
     assert printable("\x1b[31m") == "\\x1b[31m"
     if os.name != "nt":
         assert printable(os.fsdecode(b"\xff.jpg")) == "\\xff.jpg"

@@ -84,5 +84,6 @@ def test_an_unlabelled_source_without_flaws(tmp_path: Path, capsys: pytest.Captu
 
 def test_nothing_to_look_at_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
-    with pytest.raises(UserError, match="none of the images"):
+    (tmp_path / "b.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(range(40)))
+    with pytest.raises(UserError, match=r"2 of 2 images .*a.png: not an image; b.heic: HEIC or JPEG XL, .* JPEG"):
         run_check(str(tmp_path))

@@ -22,7 +22,7 @@ from downstream.classifier import load_classifier
 from downstream.split import split_data
 from unlabel import compare
 from unlabel.augment import clean
-from unlabel.backbone import build_backbone, save_backbone
+from unlabel.backbone import build_backbone, load_backbone, save_backbone
 from unlabel.cache import load_cache
 from unlabel.checkpoint import file_sha256
 from unlabel.cli import main
@@ -203,6 +203,11 @@ def test_evaluate_predict_embed_export_report(compared: Path, digits_folder: Pat
         assert np.allclose(np.array([r[1:] for r in lines[1:]], float), stored["features"], rtol=1e-4, atol=1e-5)
     assert main(["export", str(run), "--to", str(tmp_path / "b.safetensors")]) == 0
     assert (tmp_path / "b.safetensors").read_bytes() == (run / "backbone.safetensors").read_bytes()
+    own, exported = load_backbone(run).state_dict(), load_backbone(tmp_path / "b.safetensors").state_dict()
+    assert all(torch.equal(own[k], exported[k]) for k in own)
+    (tmp_path / "c.json").write_text('{"of": "somebody"}')
+    assert main(["export", str(run), "--to", str(tmp_path / "c.safetensors")]) == 2
+    assert (tmp_path / "c.json").read_text() == '{"of": "somebody"}'
     (compared / "report.html").unlink()
     assert main(["report", str(compared)]) == 0
     assert "rotation" in (compared / "report.html").read_text()
@@ -353,10 +358,19 @@ def test_errors_of_the_command_line(compared: Path, digits_folder: Path, tmp_pat
         (["pretrain", "rotation", "--data", data, "--out", ""], "an argument is empty"),
         (["check", "{0..9999999999}.tar"], "more than 100,000 archives"),
         (["check", "{0..99999}{0..99999}.tar"], "more than 100,000 archives"),
-        (["evaluate", run, "--train", data, "--labels-per-class", "²", "--out", out], "whole numbers"),
-        (["evaluate", run, "--train", data, "--labels-per-class", "--out", out], "want a value"),
-        (["evaluate", run, "--train", data, "--protocol", "--out", out], "want a value"),
-        (["evaluate", run, "--train", data, "--draws", "1000000000", "--out", out], "--draws"),
+        # Said before any image is looked at: the folder does not exist either.
+        *(
+            (["evaluate", run, "--train", str(tmp_path / "gone"), *flags.split(), "--out", out], message)
+            for flags, message in [
+                ("--labels-per-class ²", "whole numbers"),
+                ("--labels-per-class 0", "whole numbers"),
+                ("--labels-per-class five", "whole numbers"),
+                ("--labels-per-class", "want a value"),
+                ("--protocol", "want a value"),
+                ("--draws 1000000000", "--draws"),
+                ("--top-layers 0", "--top-layers"),
+            ]
+        ),
         (["evaluate", run, "--train", data, "--out", f"{data}/evaluation"], "lies inside"),
         (["compare", "--data", data, "--train", data, "--out", data], "lies inside"),
         (["export", run, "--to", f"{run}/x.safetensors"], "is a run folder"),
@@ -367,7 +381,6 @@ def test_errors_of_the_command_line(compared: Path, digits_folder: Path, tmp_pat
         (["pretrain", "rotation", "--data", data, "--out", out, "--rotation.jiter", "1"], "perhaps you meant --jitter"),
         (["pretrain", "rotation", "--data", data, "--out", out, "--backbone", "hf-hub:x/y"], "unknown backbone"),
         (["evaluate", run, "--train", data, "--labels-per-class", "500", "--out", out], "at most"),
-        (["evaluate", run, "--train", data, "--labels-per-class", "five", "--out", out], "whole numbers"),
         (["evaluate", run, "--train", str(digits_folder / "1"), "--out", out], "class"),
         (["evaluate", run, "--train", data, "--test", str(other), "--out", out], "zebra"),
         (["evaluate", str(tmp_path), "--train", data, "--out", out], "is the run finished"),
@@ -438,6 +451,29 @@ def test_a_stored_cell_is_used_only_for_the_same_labels(compared: Path, digits_f
     cells = set((tmp_path / "a" / "cells").iterdir())
     ev.fill(dataclasses.replace(wider, unlabelled_id="others"), [arm], None)
     assert len(set((tmp_path / "a" / "cells").iterdir()) - cells) == 4
+
+
+def test_classes_that_are_renamed_have_their_new_names_everywhere(
+    compared: Path, digits_folder: Path, tmp_path: Path, short_presets
+):
+    run, out = compared / "runs" / "rotation-seed0", tmp_path / "e"
+    for names in ("wxyz", "cats"):  # in the order of the digits, so that every fit is that of before
+        for old, new in zip("0123", sorted(names), strict=True):
+            (tmp_path / names).mkdir(exist_ok=True)
+            shutil.copytree(digits_folder / old, tmp_path / names / new)
+        command = ["evaluate", str(run), "--train", str(tmp_path / names), "--out", str(out), "--no-controls"]
+        assert main([*command, *"--protocol finetune --labels-per-class 1 --draws 1".split()]) == 0
+        assert load_classifier(out)[1] == sorted(names)
+    assert len(list((out / "cells").iterdir())) == 1
+
+
+def test_a_class_of_which_nothing_can_be_read(compared: Path, digits_folder: Path, tmp_path: Path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(digits_folder, data)
+    (data / "4").mkdir()
+    (data / "4" / "broken.png").write_bytes(b"no image")
+    assert main(["evaluate", str(compared / "runs" / "rotation-seed0"), "--train", str(data)]) == 2
+    assert "no image of class '4' can be read" in capsys.readouterr().err
 
 
 def test_fine_tuning_starts_with_statistics_of_the_size_it_sees(digits_folder: Path, tmp_path: Path):
@@ -607,5 +643,3 @@ def test_label_counts_default_to_what_there_is():
     assert label_counts(config, np.arange(400) % 2) == (1, 10, 50)
     chosen = dataclasses.replace(config, labels_per_class=("all", "20", "3", "3"))
     assert label_counts(chosen, np.arange(400) % 2) == (3, 20, "all")
-    with pytest.raises(UserError, match="whole numbers"):
-        label_counts(dataclasses.replace(config, labels_per_class=("0",)), np.arange(4) % 2)

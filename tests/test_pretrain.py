@@ -28,11 +28,13 @@ from pretext.denoising import Denoising
 from pretext.inpainting import Config, Inpainting
 from unlabel import checkpoint, optim
 from unlabel.backbone import build_backbone, load_backbone, save_backbone
+from unlabel.cache import load_cache
 from unlabel.cli import main
 from unlabel.config import PretrainConfig
 from unlabel.errors import UserError
 from unlabel.pretrain import pretrain
 from unlabel.runfolder import RunFolder
+from unlabel.sources import open_source
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -160,6 +162,31 @@ def test_another_picture_of_the_same_name_and_size_is_refused(digits_folder: Pat
     pretrain(config)
 
 
+def test_a_run_that_left_other_test_images_out_says_so(digits_folder: Path, tmp_path: Path):
+    """No file has changed, and what was labelled has."""
+    config = settings(digits_folder, tmp_path / "run", "rotation", epochs=0.1)
+    first, second, *_ = load_cache(open_source(str(digits_folder)), 32).hashes
+    pretrain(config, exclude=frozenset([first]))
+    with pytest.raises(UserError, match="the same files, but other test images are left out"):
+        pretrain(config, exclude=frozenset([first, second]))
+    (tmp_path / "other").mkdir()
+    shutil.copytree(digits_folder / "0", tmp_path / "other" / "0")
+    with pytest.raises(UserError, match="other names or sizes of files"):
+        pretrain(dataclasses.replace(config, data=(str(tmp_path / "other"),)), exclude=frozenset([first]))
+
+
+def test_a_finished_run_may_lie_where_nothing_can_be_written(digits_folder: Path, tmp_path: Path, monkeypatch, capsys):
+    config = settings(digits_folder, tmp_path / "run", "rotation", epochs=0.1)
+    pretrain(config)
+    (config.out / ".lock").unlink()
+    (config.out / ".lock").mkdir()  # cannot be opened; the tests may run as a user who can write anywhere
+    with pytest.raises(UserError, match="is no file"):
+        pretrain(config)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert pretrain(config) == config.out
+    assert "finished and verified" in capsys.readouterr().out
+
+
 def test_run_folder_and_exported_weights(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = pretrain(settings(digits_folder, tmp_path / "run", "rotation", "inpainting", weights=(1.0, 0.3)))
     ((steps, seconds, minutes),) = re.findall(
@@ -279,6 +306,8 @@ def test_settings_that_a_person_can_get_wrong(digits_folder: Path, tmp_path: Pat
         ({"task_settings": {"rotation": {"jitter": -1.0}}}, ("rotation",), "from 0 to 1"),
         ({"task_settings": {"rotation": {"blocks": 10**6}}}, ("rotation",), r"--rotation\.blocks"),
         ({"task_settings": {"stacked": {"level": -0.5}}}, ("stacked",), r"--stacked\.level"),
+        ({"backbone": "mlp:20", "batch_size": 1}, ("autoencoder",), "one image at a time"),
+        ({"backbone": "mlp:20", "batch_size": 4, "accumulate": 4}, ("autoencoder",), "one image at a time"),
         ({}, ("rotate",), "unknown pretext task"),
     ]
     for k, (more, tasks, message) in enumerate(cases):

@@ -2,6 +2,7 @@ import io
 import os
 import struct
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ def test_folder_and_archives_of_one_tree_are_one_source(tmp_path: Path) -> None:
         assert source.labels == ["cat", "cat", "dog", "dog", "dog"]
         assert source.fingerprint == opened[0].fingerprint
         assert source.content_sample() == opened[0].content_sample()
-        assert source.median_short_side() == 9
+        assert source.short_side() == 9
         assert source.skipped == []
         some = dict(source.read([3, 0]))
         assert {i: load() for i, load in some.items()} == {i: TREE[source.names[i]] for i in (0, 3)}
@@ -261,10 +262,33 @@ def test_labels_from_a_csv(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             labelled(text)
+    assert labelled("a.png,target\nc.png,distractor\n") == {"cat/a.png": "target", "dog/c.png": "distractor"}
+    assert labelled("id,filename,label\n7,a.png,x\n8,c.png,y\n") == {"cat/a.png": "x", "dog/c.png": "y"}
+    assert labelled('a.png, "x"\nc.png, "y"\n') == {"cat/a.png": "x", "dog/c.png": "y"}
+    composed = "dog/Grüße 猫.png"
+    assert labelled(unicodedata.normalize("NFD", f"{composed},x\n") + "a.png,y\n") == {composed: "x", "cat/a.png": "y"}
+    odd = [" a.png", "b;c;d.png"] + ([] if os.name == "nt" else ["e\\f.png"])
+    make_folder(tmp_path / "g", {name: image_bytes(7) for name in [*odd, "g.png"]})
+    csv.write_text("".join(f'"{name}",x\n' for name in odd[::-1]) + "g.png,y\n")
+    source = open_source(str(tmp_path / "g"), csv)
+    assert dict(zip(source.names, source.require_labels(), strict=True)) == dict.fromkeys(odd, "x") | {"g.png": "y"}
+
     make_folder(tmp_path / "f", {"dog/a.png": image_bytes(6)})
     with pytest.raises(UserError, match="stands for several images"):
         labelled("a.png,x\n")
     assert labelled("cat/a.png,x\ndog/a.png,y\n") == {"cat/a.png": "x", "dog/a.png": "y"}
+
+
+def test_what_is_not_labelled_may_be_broken(tmp_path: Path) -> None:
+    """One link among the unlabelled is no hundredth of sixty labels."""
+    archive = make_tar(tmp_path / "x.tar", {f"{i}.png": image_bytes(i) for i in range(20)})
+    with tarfile.open(archive, "a") as tar:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "0.png"
+        tar.addfile(link)
+    (tmp_path / "labels.csv").write_text("0.png,a\n1.png,b\n")
+    assert [name for name, _ in open_source(str(archive)).skipped] == ["link.png"]
+    assert open_source(str(archive), tmp_path / "labels.csv").skipped == []
 
 
 def test_several_sources_are_one_and_their_order_does_not_matter(tmp_path: Path) -> None:
@@ -283,7 +307,7 @@ def test_digits_is_embedded_and_a_path_wins_over_a_name(tmp_path: Path, monkeypa
     digits = load_digits()
     targets = digits.target  # pyright: ignore[reportAttributeAccessIssue]
     assert len(source) == 1797
-    assert source.median_short_side() == 8
+    assert source.short_side() == 8
     assert source.require_labels() == [str(t) for t in sorted(targets)]
     pixels = {int(source.names[i][2:8]): load() for i, load in source.read()}
     image = np.asarray(Image.open(io.BytesIO(pixels[100])))

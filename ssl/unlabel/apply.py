@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unlabel.augment import clean
-from unlabel.backbone import Backbone, load_backbone
+from unlabel.backbone import Backbone, load_backbone, read_spec
 from unlabel.cache import load_cache, printable
 from unlabel.checkpoint import write_atomic
 from unlabel.config import EmbedConfig
@@ -90,11 +90,13 @@ def export(run: Path, to: Path) -> Path:
     if to.suffix == ".safetensors":
         if (to.parent / "config.json").exists():
             raise UserError(f"--to {to}: {to.parent} is a run folder; choose another folder")
+        if (about := to.with_suffix(".json")).exists():
+            read_spec(about)  # an error where it is something else, which must not be overwritten
         write_atomic(to, (run / "backbone.safetensors").read_bytes())
         write_atomic(to.with_suffix(".json"), (run / "backbone.json").read_bytes())
         spec = backbone.spec
         if backbone.changed:
-            print(f"{to}: the stem is not timm's, so `unlabel.load_backbone` loads this and plain timm refuses it")
+            print(f"{to}: the stem is not timm's, so that plain timm refuses it: unlabel.load_backbone({str(to)!r})")
         else:
             arguments = "".join(f", {k}={v!r}" for k, v in spec.kwargs.items())
             print(f"{to}: for timm.create_model({spec.name!r}{arguments}, num_classes=0)")

@@ -330,8 +330,8 @@ def read_weights(path: Path, want: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_spec(folder: Path) -> dict[str, Any]:
-    """backbone.json of a run folder, with a clear error where it is missing or broken."""
-    path = folder / "backbone.json"
+    """backbone.json of a run folder, or another .json like it, with a clear error where it is missing or broken."""
+    path = folder if folder.suffix == ".json" and not folder.is_dir() else folder / "backbone.json"
     try:
         about = json.loads(path.read_text())
         if not isinstance(about, dict) or not isinstance(about["name"], str):
@@ -339,22 +339,26 @@ def read_spec(folder: Path) -> dict[str, Any]:
         return about
     except FileNotFoundError:
         raise UserError(
-            f"no backbone in {folder}: is the run finished? (`unlabel pretrain` again continues it)"
+            f"no backbone in {path.parent}: is the run finished? (`unlabel pretrain` again continues it)"
         ) from None
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
 
 
-def load_backbone(folder: str | Path) -> Backbone:
-    """The backbone of a finished run, in eval mode: ``load_backbone("runs/rotation")(images).pooled``."""
-    folder = Path(folder)
-    about = read_spec(folder)
+def load_backbone(path: str | Path) -> Backbone:
+    """The backbone of a finished run, in eval mode: ``load_backbone("runs/rotation")(images).pooled``.
+
+    Or one that `unlabel export` wrote: FILE.safetensors, with FILE.json beside it.
+    """
+    path = Path(path)
+    weights = path if path.suffix == ".safetensors" and not path.is_dir() else path / "backbone.safetensors"
+    about = read_spec(weights.with_suffix(".json"))
     try:
         spec = spec_from_json(about)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'backbone.json'} cannot be read ({error})") from None
-    backbone = build_described(spec, folder / "backbone.safetensors")
-    load_weights(backbone, folder / "backbone.safetensors")
+        raise UserError(f"{weights.with_suffix('.json')} cannot be read ({error})") from None
+    backbone = build_described(spec, weights)
+    load_weights(backbone, weights)
     return backbone.eval()
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from unlabel.streaming import Streamed
 
 __all__ = ["ImageCache", "Pixels", "Rows", "TooManyBroken", "cache_side", "evenly_spaced", "load_cache", "printable"]
 __all__ += ["write_skipped"]
+
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # make a terminal show text backwards
 
 
 class TooManyBroken(UserError):
@@ -168,10 +171,13 @@ def write_skipped(path: Path, skipped: Iterable[tuple[str, str]]) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` on one line of valid UTF-8: control characters, and bytes that are no UTF-8, as escapes."""
+    """`text` on one line of valid UTF-8: control characters, and bytes that are no UTF-8, as escapes.
+
+    All else stays as it is, so that names in tables are the files' names. Escaping twice changes nothing more.
+    """
 
     def escape(char: str) -> str:
-        if char.isprintable() and char != "\\":
+        if unicodedata.category(char) not in ("Cc", "Cs", "Zl", "Zp") and char not in _TURNING:
             return char
         if "\udc80" <= char <= "\udcff":  # how Python holds a byte that is no UTF-8
             return f"\\x{ord(char) - 0xDC00:02x}"

@@ -22,7 +22,7 @@ def check(source: Source, against: Source | None = None, *, progress: bool = Tru
     The images are decoded into the cache, at the size that training would take, so that the work is not lost.
     The result holds plain numbers, names and lists. Raises UserError if no image can be read.
     """
-    image_size = int(np.clip(source.median_short_side(), 32, 224))
+    image_size = source.usual_size()
     sources = [source] if against is None else [source, against]
     caches = [load_cache(s, image_size, max_skipped=1.0, progress=progress) for s in sources]
     cache, groups = caches[0], clusters(caches)

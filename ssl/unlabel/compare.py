@@ -45,18 +45,26 @@ DEFAULT_COUNTS = (1, 10, 50)
 
 def label_counts(config: FewLabels, y: np.ndarray) -> tuple[ev.Count, ...]:
     """The label counts asked for, in rising order; without any, those of 1, 10, 50 that the pool has."""
-    smallest = int(np.bincount(y).min())
     if config.labels_per_class is None:
+        smallest = int(np.bincount(y).min())
         return tuple(c for c in DEFAULT_COUNTS if c <= smallest) or (smallest,)
-    counts: list[ev.Count] = []
-    for text in dict.fromkeys(config.labels_per_class):
-        if text == "all":
-            continue
-        if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0):
+    every: tuple[ev.Count, ...] = ("all",) if "all" in config.labels_per_class else ()
+    return (*sorted({int(text) for text in config.labels_per_class if text != "all"}), *every)
+
+
+def _refuse_nonsense(config: FewLabels) -> None:
+    """What is wrong by itself is said before any image is looked at."""
+    if not 1 <= config.draws <= MOST:
+        raise UserError(f"--draws {config.draws}: from 1 to {MOST:,}")
+    scores_alone = isinstance(config, EvaluateConfig) and config.label_free
+    if (not config.protocol and not scores_alone) or config.labels_per_class == ():
+        raise UserError("--protocol and --labels-per-class want a value, or leave them out")
+    for text in config.labels_per_class or ():
+        if text != "all" and not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0):
             raise UserError(f"--labels-per-class {text[:40]}: give whole numbers above zero, or `all`")
-        counts.append(int(text))
-    numbers = sorted({c for c in counts if c != "all"})
-    return (*numbers, *(["all"] if "all" in config.labels_per_class else []))  # type: ignore[return-value]
+    if config.top_layers is not None and config.top_layers < 1:
+        raise UserError(f"--top-layers {config.top_layers}: train at least one stage")
+    pick_device(config.device)
 
 
 MOST = 10_000  # draws, or seeds
@@ -67,6 +75,7 @@ MOST = 10_000  # draws, or seeds
 
 def evaluate(config: EvaluateConfig) -> Path:
     """`unlabel evaluate`: one run beside the controls. Returns the folder with results.json."""
+    _refuse_nonsense(config)
     run = RunFolder(config.run)
     about = run.read() or {}
     spec = load_backbone(config.run).spec
@@ -98,12 +107,13 @@ def evaluate(config: EvaluateConfig) -> Path:
 
 def compare(config: CompareConfig) -> Path:
     """`unlabel compare`: pretrain × tasks, evaluate, report. Finished runs and cells are not done again."""
+    _refuse_nonsense(config)
     _check_settings(config)
     start = start_of(config.init, config.backbone, config.stem)
     config = dataclasses.replace(config, backbone=start.backbone)
     refuse_out_inside_data(config.out, (*config.data, config.train, config.test))
     source = open_source(config.data)
-    image_size = config.image_size or min(224, max(32, source.median_short_side()))
+    image_size = config.image_size or source.usual_size()
     _check_tasks(config, start, image_size)
     weights = write_given(start, image_size, config.flip, config.out / "given")
     pretraining = load_cache(source, image_size, max_skipped=config.max_skipped)
@@ -193,8 +203,8 @@ def _pretrain_config(config: CompareConfig, name: str, seed: int, out: Path, ima
 
 def _check_settings(config: CompareConfig) -> None:
     """Mistakes that would otherwise show after an hour of pretraining."""
-    if not 1 <= config.seeds <= MOST or not 1 <= config.draws <= MOST:
-        raise UserError(f"--seeds and --draws are from 1 to {MOST:,}")
+    if not 1 <= config.seeds <= MOST:
+        raise UserError(f"--seeds {config.seeds}: from 1 to {MOST:,}")
     for name in config.tasks:
         one = _pretrain_config(config, name, config.seed, config.out, config.image_size)
         check_settings(one, {task: load_task(task) for task in one.tasks}, (1.0,) * len(one.tasks))
@@ -235,8 +245,7 @@ def pretraining_images(run: Path, about: dict[str, Any], image_size: int) -> tup
             raise UserError("the run does not name its data")
         refuse_addresses(spec)
         source = open_source(spec)
-        excluded = RunFolder(run).excluded
-        gone = frozenset(excluded.read_text(errors="replace").split()) if excluded.exists() else frozenset()
+        gone = RunFolder(run).left_out()
         if with_excluded(source.fingerprint, gone) != about.get("fingerprint"):
             raise UserError(f"{source.spec} has changed since")
         cache = load_cache(source, image_size, max_skipped=1.0)
@@ -259,13 +268,7 @@ def _arm_name(run: Path, about: dict[str, Any]) -> str:
 def _table(
     config: FewLabels, split: Split, backbone: tuple[str, str], image_size: int, out: Path, flip: bool = True
 ) -> ev.Table:
-    if not 1 <= config.draws <= MOST:
-        raise UserError(f"--draws {config.draws}: from 1 to {MOST:,}")
-    scores_alone = not config.protocol and isinstance(config, EvaluateConfig) and config.label_free
-    if (not config.protocol and not scores_alone) or config.labels_per_class == ():
-        raise UserError("--protocol and --labels-per-class want a value, or leave them out")
-    if config.top_layers is not None and config.top_layers < 1:
-        raise UserError(f"--top-layers {config.top_layers}: train at least one stage")
+    scores_alone = not config.protocol  # by `evaluate --label-free`
     counts = (1,) if scores_alone else label_counts(config, split.pool.y)
     numbers = [c for c in counts if c != "all" and not scores_alone]
     if config.draws < 10 and numbers:

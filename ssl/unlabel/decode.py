@@ -17,6 +17,7 @@ _MAGIC = re.compile(
     rb"|....(jP  |ftypavi[fs])|\xff\x4f\xff\x51",
     re.DOTALL,
 )
+_UNREAD = re.compile(rb"....ftyp(hei|hev|mif1|msf1)|\xff\x0a|....JXL ", re.DOTALL)
 _MIRRORED = np.array([[1] * 8, [1, -1] * 4])[:, None]  # signs of the horizontal frequencies, and of their mirror's
 _BLOCK = 1 << 22  # pixels of an image of numbers that are worked on at once
 _TURNS = {
@@ -76,6 +77,8 @@ def decode_reduced(data: bytes, at_least: int | None) -> tuple[tuple[int, int], 
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BrokenImage("too large: more pixels than a photo can have") from None
     except Image.UnidentifiedImageError:
+        if _UNREAD.match(data):
+            raise BrokenImage("HEIC or JPEG XL, which are not read: save it as JPEG or PNG") from None
         known = _MAGIC.match(data)
         raise BrokenImage("truncated or damaged header" if known else "not an image") from None
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged data

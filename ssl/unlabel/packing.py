@@ -31,7 +31,7 @@ from PIL import Image
 from unlabel.decode import BrokenImage, decode_reduced, perceptual_hashes
 from unlabel.errors import UserError
 from unlabel.sources import Source, cache_root
-from unlabel.stores import Changed
+from unlabel.stores import Changed, is_url
 from unlabel.streaming import Streamed
 
 __all__ = ["Index", "load_or_pack"]
@@ -41,6 +41,7 @@ _BLOCK = 1024  # rows copied at a time
 _HASHED = 160  # short side in pixels that a large JPEG may be decoded to before it is hashed
 _INDEX_BYTES = 128  # of the index, per image, rounded up
 _COLUMNS = {"rows": ("<i8", ()), "hashes": ("u1", (32,)), "phashes": ("<u8", (2,)), "shapes": ("<i4", (2,))}
+_LOOKED_AT_AGAIN = 1000  # broken images, whenever a cache is opened
 _IN_MEMORY = 1 << 30  # bytes of pixels that are rather held in memory than decoded again and again
 
 
@@ -69,12 +70,30 @@ def load_or_pack(
     folder = cache_root() / key
     try:
         found = _open(folder, side)
+        if found and _put_right(source, found[0], side):
+            _remove(folder)
+            found = None
         return found or _make(source, side, folder if write else None, workers or _cpus(), progress)
     except OSError as error:
         raise UserError(
             f"cannot write the image cache in {cache_root()} ({error.strerror or error}); "
             "make room there, or set UNLABEL_CACHE to another folder"
         ) from None
+
+
+def _put_right(source: Source, index: Index, side: int) -> bool:
+    """Whether an image that could not be read when `index` was made can be read now.
+
+    Its file, of the same name and size, may have been repaired, or the disk had failed for a moment. Up to a thousand
+    are looked at, none in a compressed archive or behind a URL.
+    """
+    if not index.skipped or source.packed or any(is_url(place.path) for place in source.entries.places):
+        return False
+    broken = np.setdiff1d(np.arange(len(source)), index.rows)[:_LOOKED_AT_AGAIN]
+    with contextlib.suppress(OSError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return any(isinstance(_pack_one(load, side), _Packed) for _, load in source.read(broken.tolist()))
+    return False
 
 
 class _Packed(NamedTuple):
@@ -207,7 +226,7 @@ def _without_room(
         print(f"the image cache of {source.spec} {why}: images are decoded anew each time, which is slower; {advice}")
     kept = folder.with_name(f"{folder.name}-index")
     index = _read_index(kept)
-    if index is None:
+    if index is None or _put_right(source, index, side):
         _remove(kept)
         index = _decode_into(None, source, side, workers, progress)
         temporary = folder.with_name(f"tmp-{uuid.uuid4().hex}")

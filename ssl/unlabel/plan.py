@@ -205,6 +205,20 @@ def _measure_phase(twin: Any, phase: int, plan: Plan, batch_of: Batches) -> floa
     return distributed.from_main(total)
 
 
+def _refuse_one_image(model: Any, batch_of: Batches) -> None:
+    """UserError where a step has a single image and BatchNorm would have a single value to take a variance of."""
+    shares = distributed.world_size() * batch_of.parts
+    if min(batch_of.plan.batch_size // shares, len(batch_of.cache.names)) > 1:
+        return
+    try:
+        with torch.no_grad():
+            model(batch_of.fixed(1))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError("one image at a time is too few for BatchNorm: more images, or a larger --batch-size") from None
+
+
 def freeze_unused(model: Any, batch_of: Batches, phases: int) -> tuple[str, ...]:
     """Weights of the backbone that no task reaches in any phase get no gradient: freeze them, return their names."""
     twin = copy.deepcopy(model).train()
@@ -212,7 +226,8 @@ def freeze_unused(model: Any, batch_of: Batches, phases: int) -> tuple[str, ...]
     for phase in range(phases):
         for task in twin.tasks.values():
             task.begin(phase)
-        twin.to(batch_of.device)(batch_of.fixed(4))[0].backward()
+        _refuse_one_image(twin.to(batch_of.device), batch_of)
+        twin(batch_of.fixed(4))[0].backward()
         used |= {n for n, p in twin.backbone.model.named_parameters() if p.grad is not None}
     names = tuple(n for n, _ in model.backbone.model.named_parameters() if n not in used)
     for name in names:

@@ -36,6 +36,8 @@ from unlabel.signals import Stopped, catch_signals
 from unlabel.sources import open_source
 from unlabel.start import (
     content_of,
+    how_differ,
+    kept,
     load_images,
     load_weights_of,
     newest_state,
@@ -79,7 +81,7 @@ def pretrain(config: PretrainConfig, exclude: frozenset[str] = frozenset()) -> P
         keep_freed_memory()
     distributed.start(device, config.rank_timeout)
     with (
-        checkpoint.lock(config.out) if distributed.is_main() else contextlib.nullcontext(),
+        checkpoint.lock(config.out) if distributed.is_main() and not kept(config.out) else contextlib.nullcontext(),
         distributed.naming_the_missing(),
     ):
         return _pretrain(config, device, exclude)
@@ -106,11 +108,12 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     fingerprint = with_excluded(source.fingerprint, exclude)
     settings = {**config.fixed(), "init": init_of(start, about, fetched)}
     if about is not None:
-        run.same_or_refuse(settings, fingerprint)
+        run.same_or_refuse(settings, fingerprint, how_differ(about, source.fingerprint, run.left_out()))
         if run.finished():
             say(f"{config.out} is finished and verified: {about['finished']['steps']} steps")
             return config.out
-    image_size = config.image_size or min(224, max(32, source.median_short_side()))
+    image_size = config.image_size or source.usual_size()
+    backbone = build_backbone(start.backbone, image_size, start.stem, config.seed, config.flip)
     cache = load_images(source, image_size, config, exclude)
     content = content_of(cache)
     if about is not None:
@@ -127,7 +130,6 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     distributed.same_everywhere(
         (fingerprint[:12], content[:12], at), "the processes do not see the same --data and --out"
     )
-    backbone = build_backbone(start.backbone, image_size, start.stem, config.seed, config.flip)
     if state is None:
         load_start(start, backbone, fetched, say)
     with torch.random.fork_rng(devices=[]):

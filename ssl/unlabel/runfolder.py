@@ -103,8 +103,17 @@ class RunFolder:
             raise UserError(f"{file} is not a run's config ({error}): choose another --out") from None
         return self.about
 
-    def same_or_refuse(self, settings: dict[str, Any], fingerprint: str) -> None:
-        """A run is continued only with the settings and the data that it was begun with."""
+    def left_out(self) -> frozenset[str]:
+        """Content hashes of the images that must not be trained on."""
+        return frozenset(self.excluded.read_text(errors="replace").split()) if self.excluded.exists() else frozenset()
+
+    def same_or_refuse(
+        self, settings: dict[str, Any], fingerprint: str, differs: str = "other names or sizes of files"
+    ) -> None:
+        """A run is continued only with the settings and the data that it was begun with.
+
+        ``differs``: in what the data do, where their fingerprint is another one.
+        """
         # A setting that did not exist when the run was begun had, in effect, today's default.
         defaults = {f.name: plain(f.default) for f in fields(PretrainConfig) if f.default is not MISSING}
         old = {k: v for k, v in defaults.items() if k in settings} | self.about["settings"]
@@ -114,7 +123,7 @@ class RunFolder:
             if old.get(k) != settings.get(k)
         ]
         if self.about["fingerprint"] != fingerprint:
-            differing.append("data (other names or sizes of files)")
+            differing.append(f"data ({differs})")
         if differing:
             raise UserError(
                 f"{self.path} holds a run with other settings: {'; '.join(differing)}. Choose another --out"

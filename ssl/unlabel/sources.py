@@ -15,6 +15,7 @@ import operator
 import os
 import re
 import statistics
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ _HEAD_BYTES = 1 << 18  # the header of any common image, even behind a colour pr
 _SAMPLE = 200
 _MOST_SHARDS = 100_000  # that a pattern may stand for
 _MOST_LABELS = 1 << 28  # bytes of a CSV of labels
+_NAME_COLUMNS = ("name", "file", "filename", "file_name", "image", "path", "id")
+_NFC = functools.partial(unicodedata.normalize, "NFC")
 
 
 class Source:
@@ -69,7 +72,7 @@ class Source:
         self.entries = Entries(entries.places, self.names, *columns)
         self.sizes = self.entries.sizes
         self.packed = any(place.packed for place in entries.places)
-        self.skipped = list(skipped)
+        self.skipped = list(skipped) if csv_labels is None else []  # none of them is labelled
         self.ignored = ignored
         self.left_out = len(names) - len(self.names)
         self.labels: list[str] | None = None
@@ -152,12 +155,9 @@ class Source:
         """Median of the images' short sides in pixels, from the headers of up to 200; None if none can be read."""
         return self._sample[0]
 
-    def median_short_side(self) -> int:
-        """``short_side``, but a UserError if none can be read."""
-        side = self.short_side()
-        if side is None:
-            raise UserError(f"none of the images looked at in {self.spec} can be read; see unlabel check {self.spec}")
-        return side
+    def usual_size(self) -> int:
+        """The image size where none is given, in pixels: ``short_side``, from 32 up to 224."""
+        return min(224, max(32, self.short_side() or 32))  # where none can be read, packing them says why
 
     def content_sample(self) -> str:
         """A digest of the first bytes of some images: tells apart what agrees in all names and sizes."""
@@ -278,40 +278,38 @@ def read_labels(path: Path, names: Sequence[str], elsewhere: Sequence[str] = ())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the labels in {path} ({error}); give a CSV file in UTF-8") from None
     first = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=first.count)  # spreadsheets write semicolons where the comma is decimal
+    bare_first = re.sub(r'"[^"]*"', "", first)  # a name in quotes may hold any of them
+    delimiter = max(",;\t", key=bare_first.count)  # spreadsheets write semicolons where the comma is decimal
     try:  # not by splitlines(), which also knows lines that end inside a name
-        rows = [
-            [cell.strip() for cell in row] for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        ]
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True))
     except csv.Error as error:
         raise UserError(f"cannot read the labels in {path} ({error}); each row is name,label") from None
-    rows = [row for row in rows if any(row)]
-    name_at, label_at = 0, 1
-    if rows:
-        header = [cell.lower() for cell in rows[0]]
-        is_name = [cell in ("name", "file", "filename", "file_name", "image", "path", "id") for cell in header]
-        is_label = [cell in ("label", "class", "category", "target") for cell in header]
-        if any(is_label) or is_name[0]:
-            name_at = is_name.index(True) if any(is_name) else 0
-            label_at = is_label.index(True) if any(is_label) else 1
-            rows = rows[1:]
+    rows = [row for row in rows if any(map(str.strip, row))]
     known, bare = Counter(names), Counter(name.rsplit("/", 1)[-1] for name in names)
     full = {name.rsplit("/", 1)[-1]: name for name in names}
+    name_of = _NameOf(known, bare, full)
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    in_label = [k for k, cell in enumerate(header) if cell in ("label", "class", "category", "target")]
+    in_name = [k for k, cell in enumerate(header) if cell in _NAME_COLUMNS]
+    name_at, label_at = 0, 1
+    if (in_label or 0 in in_name) and not any(name_of(cell) in known for cell in rows[0]):
+        rows = rows[1:]
+        label_at = in_label[0] if in_label else 1
+        hits = {k: sum(name_of(row[k]) in known for row in rows[:100] if k < len(row)) for k in in_name}
+        name_at = max(hits, key=hits.__getitem__, default=0)  # an "id" may stand beside the name
     labels: dict[str, str] = {}
     unknown: list[str] = []
-    other = {*elsewhere, *(name.rsplit("/", 1)[-1] for name in elsewhere)}
+    other = {_NFC(name) for full_name in elsewhere for name in (full_name, full_name.rsplit("/", 1)[-1])}
     for row in rows:
         if len(row) <= max(name_at, label_at):
             raise UserError(f"{path} has a row without a label column: {str(row)[:100]}; each row is name,label")
-        name, label = row[name_at].replace("\\", "/").removeprefix("./"), row[label_at]
+        name, label = name_of(row[name_at]), row[label_at].strip()
         if not label:
             continue  # not labelled yet
-        if name not in known and bare[name] == 1:
-            name = full[name]
         if max(known[name], bare[name] if name not in known else 0) > 1:
             raise UserError(f"{name!r} in {path} stands for several images; write its folder too")
         if name not in known:
-            unknown += [] if name in other else [name]
+            unknown += [] if _NFC(name) in other else [name]
         elif labels.setdefault(name, label) != label:
             raise UserError(f"{path} gives {name!r} both as {labels[name]!r} and as {label!r}; keep one")
     if unknown:
@@ -320,6 +318,33 @@ def read_labels(path: Path, names: Sequence[str], elsewhere: Sequence[str] = ())
     if not labels:
         raise UserError(f"{path} holds no labels; each row is name,label")
     return labels
+
+
+class _NameOf:
+    """The image that a cell of a CSV stands for, by its name in the source; the cell itself where there is none.
+
+    As it is written, else without spaces around it, with / for \\, or as another system writes its accents (macOS
+    stores é as e and an accent).
+    """
+
+    def __init__(self, known: Counter[str], bare: Counter[str], full: dict[str, str]) -> None:
+        self.known, self.bare, self.full = known, bare, full
+
+    @functools.cached_property
+    def composed(self) -> dict[str, str]:
+        return {_NFC(short): name for short, name in self.full.items() if self.bare[short] == 1} | {
+            _NFC(name): name for name in self.known
+        }
+
+    def __call__(self, cell: str) -> str:
+        plain = cell.strip()
+        posix = plain.replace("\\", "/").removeprefix("./")
+        for text in (cell, plain, posix):
+            if text in self.known:
+                return text
+            if self.bare[text] == 1:
+                return self.full[text]
+        return posix if self.bare[posix] else self.composed.get(_NFC(posix), posix)
 
 
 def _short_side(data: bytes) -> int:

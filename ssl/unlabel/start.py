@@ -81,6 +81,18 @@ def with_excluded(fingerprint: str, exclude: frozenset[str]) -> str:
     return hashlib.sha256(json.dumps([fingerprint, sorted(exclude)]).encode()).hexdigest()
 
 
+def kept(out: Path) -> bool:
+    """Whether a finished run lies where nothing can be written, and nothing need be."""
+    return out.is_dir() and not os.access(out, os.W_OK) and "finished" in (RunFolder(out).read() or {})
+
+
+def how_differ(about: dict[str, Any], fingerprint: str, left_out: frozenset[str]) -> str:
+    """In what the data of a run differ from those of this ``fingerprint``, which is without what is left out."""
+    if with_excluded(fingerprint, left_out) == about.get("fingerprint"):
+        return "the same files, but other test images are left out of them: other --labels, --train or --test"
+    return "other names or sizes of files"
+
+
 def load_images(source: Any, image_size: int, config: PretrainConfig, exclude: frozenset[str]) -> ImageCache:
     """Rank 0 packs; the others wait and map the same file, or where their node has its own cache, pack there."""
     options: dict[str, Any] = {"max_skipped": config.max_skipped, "workers": config.workers}
