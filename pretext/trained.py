@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from pretext.task import PretextTask
 from unlabel import checkpoint
 from unlabel.backbone import load_backbone
 from unlabel.errors import UserError
+from unlabel.runfolder import RunFolder
 
 __all__ = ["load_trained"]
 
@@ -23,11 +23,10 @@ def load_trained(run: Path, name: str | None = None, device: torch.device | str 
     UserError where the run is not finished or its checkpoints are gone.
     """
     backbone = load_backbone(run)
-    try:
-        settings = json.loads((run / "config.json").read_text())["settings"]
-        names = list(settings["tasks"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run / 'config.json'} is not a run's config ({error})") from None
+    settings = (RunFolder(run).read() or {}).get("settings", {})
+    names = settings.get("tasks")
+    if not names:
+        raise UserError(f"{run / 'config.json'} names no task: is {run} a run's folder?")
     name = name or str(names[0])
     if name not in names:
         raise UserError(f"{run} was not trained with {name}: its tasks are {', '.join(names)}")

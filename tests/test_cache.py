@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import random
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unlabel import packing
 from unlabel.cache import TooManyBroken, cache_side, load_cache, printable, write_skipped
 from unlabel.decode import BrokenImage, decode
 from unlabel.errors import UserError
+from unlabel.listing import Entry
 from unlabel.sources import open_source
 
 ROOT = Path(__file__).parents[1]
@@ -428,6 +431,62 @@ def test_an_image_that_was_repaired_is_looked_at_again(tmp_path: Path, cache_fol
         assert (len(cache), cache.skipped, len(list(cache_folder.iterdir()))) == (3, [], 1)
 
 
+def test_a_run_that_is_continued_keeps_the_images_it_was_begun_with(tmp_path: Path, monkeypatch) -> None:
+    folder = make_folder(tmp_path / "f", 3)
+    good = (folder / "002.png").read_bytes()
+    (folder / "002.png").write_bytes(bytes(len(good)))
+    monkeypatch.setattr("unlabel.sources._SAMPLE", 1)
+    options = {"max_skipped": 1.0, "progress": False}
+    load_cache(open_source(str(folder)), 32, **options)
+    (folder / "002.png").write_bytes(good)
+    assert len(load_cache(open_source(str(folder)), 32, **options, as_it_was=True)) == 2
+    assert len(load_cache(open_source(str(folder)), 32, **options)) == 3
+
+
+@pytest.mark.parametrize(("code", "times", "found"), [(errno.EIO, 2, 3), (errno.EIO, 99, 2), (errno.EMFILE, 99, None)])
+def test_a_disk_that_fails_for_a_moment(code: int, times: int, found: int | None, tmp_path: Path, monkeypatch) -> None:
+    """Read again; what lasts is a broken image, what does not is no word on the image."""
+    source, left, real = open_source(str(make_folder(tmp_path / "f", 3))), [times], Entry.load
+    source.content_sample()
+
+    def load(entry: Entry, limit: int | None = None) -> bytes:
+        if entry.name == "001.png" and left[0]:
+            left[0] -= 1
+            raise OSError(code, os.strerror(code))
+        return real(entry, limit)
+
+    monkeypatch.setattr(packing, "_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(Entry, "load", load)
+    if found is None:
+        with pytest.raises(UserError, match=r"'001.png' cannot be read at the moment .*the same command"):
+            load_cache(source, 32, max_skipped=1, progress=False)
+        monkeypatch.undo()
+    else:
+        cache = load_cache(source, 32, max_skipped=1, progress=False)
+        assert (len(cache), [name for name, _ in cache.skipped]) == (found, ["001.png"][: 3 - found])
+
+
+def test_a_cache_that_cannot_be_read_now_is_left_alone(tmp_path: Path, cache_folder: Path, monkeypatch) -> None:
+    source, found, real = open_source(str(make_folder(tmp_path / "f", 3))), [], packing._read_index
+    load_cache(source, 32, progress=False)
+    [packed] = cache_folder.iterdir()
+    kept = (packed / "images.u8").stat().st_ino
+
+    def late(folder: Path):  # another process put it there just after this one had looked
+        found.append(folder)
+        return real(folder) if len(found) > 1 else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "_read_index", late)
+        load_cache(source, 32, progress=False)
+    assert ((packed / "images.u8").stat().st_ino, len(found)) == (kept, 2)
+    (packed / "index.bin").unlink()
+    (packed / "index.bin").mkdir()  # cannot be opened, whoever the tests run as
+    with pytest.raises(UserError, match="cannot use the image cache"):
+        load_cache(source, 32, progress=False)
+    assert (packed / "images.u8").stat().st_ino == kept
+
+
 def test_equal_names_and_sizes_do_not_share_a_cache(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         (tmp_path / name).mkdir()
@@ -493,7 +552,7 @@ def test_a_cache_folder_that_cannot_be_written_is_the_users_mistake(
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("UNLABEL_CACHE", str(tmp_path / "file" / "sub"))
     source = open_source(str(make_folder(tmp_path / "f", 2)))
-    with pytest.raises(UserError, match=r"cannot write the image cache in .* set UNLABEL_CACHE"):
+    with pytest.raises(UserError, match=r"cannot use the image cache in .* set UNLABEL_CACHE"):
         load_cache(source, 32, progress=False)
 
 

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from timm.layers.norm_act import BatchNormAct2d
 
 from pretext.rotation import residual_block
-from unlabel import distributed
+from unlabel import checkpoint, distributed
 from unlabel.backbone import build_backbone
 from unlabel.batchnorm import sync_batchnorm
+from unlabel.cli import main
 from unlabel.config import PretrainConfig
 from unlabel.errors import UserError
 from unlabel.pretrain import pretrain
@@ -36,11 +37,11 @@ class Pair:
     """Two processes, as two nodes of one process each would start them."""
 
     def __init__(self, commands: list[list[str]], caches: list[Path]) -> None:
-        shared = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        shared = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "GROUP_WORLD_SIZE": "2"}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "unlabel", *command],
+                [sys.executable, *(["-m", "unlabel"] if command[0] != "-c" else []), *command],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                 env={**os.environ, **shared, "UNLABEL_CACHE": str(cache), "RANK": str(k), "GROUP_RANK": str(k)},
             )
@@ -86,7 +87,8 @@ def test_parts_must_divide_the_step(digits_folder: Path, tmp_path: Path):
 
 def test_each_node_packs_into_its_own_cache(digits_folder: Path, tmp_path: Path):
     """A cache on each node's own disk, the run folder shared: what clusters have."""
-    command = ["pretrain", "rotation", "--data", str(digits_folder), *FLAGS, "--epochs", "0.1", "--out"]
+    command = ["pretrain", "rotation", "--data", str(digits_folder), *FLAGS, "--log-every", "9", "--epochs", "0.1"]
+    command += ["--checkpoint-every", "1", "--out"]
     caches = [tmp_path / "cache0", tmp_path / "cache1"]
     ended = Pair([[*command, str(tmp_path / "run")]] * 2, caches).end()
     assert [code for code, _ in ended] == [0, 0], ended
@@ -94,6 +96,36 @@ def test_each_node_packs_into_its_own_cache(digits_folder: Path, tmp_path: Path)
     packed = [sorted(p.name for p in cache.iterdir() if p.is_dir() and (p / "images.u8").exists()) for cache in caches]
     assert packed[0] == packed[1]
     assert len(packed[0]) == 1
+    # What is kept for the next line of the log is of both: as one process has it.
+    assert main([*command, str(tmp_path / "one")]) == 0
+    kept = [checkpoint._read(tmp_path / run / "checkpoints" / "step-000000001.pt")["sums"] for run in ("run", "one")]
+    assert float(kept[0]["loss"]) == pytest.approx(float(kept[1]["loss"]), rel=1e-5)
+
+
+def test_a_node_that_packs_for_long_is_waited_for(tmp_path: Path):
+    """Longer than one waits for another in a step."""
+    code = (
+        "import sys, time, torch; from unlabel import distributed as d; d.start(torch.device('cpu'), 0.05)\n"
+        "with d.in_turn(): time.sleep(5 * d.rank())\n"
+        "d.same_everywhere(1, 'x'); print('together'); d.stop()"
+    )
+    ended = Pair([["-c", code]] * 2, [tmp_path] * 2).end()
+    assert [(code, out.strip().splitlines()[-1:]) for code, out in ended] == [(0, ["together"])] * 2, ended
+
+
+@pytest.mark.parametrize("wanted", ["cpu", "auto"])
+def test_an_environment_that_is_no_numbers(wanted: str, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "x")
+    with pytest.raises(UserError, match="LOCAL_RANK is 'x' in the environment"):
+        distributed.pick_device(wanted)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(UserError, match="process 5 here, and there are 4 GPUs"):
+        distributed.pick_device("auto")
 
 
 def test_processes_that_do_not_share_the_run_folder_are_told(digits_folder: Path, tmp_path: Path):

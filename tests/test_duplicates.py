@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
+from unlabel import duplicates
 from unlabel.cache import ImageCache, load_cache
 from unlabel.duplicates import _near_hashes, clusters, content_split
 from unlabel.sources import open_source
@@ -78,7 +79,24 @@ def test_pairs_of_near_hashes_are_those_of_a_search_through_all() -> None:
         i, j = np.nonzero(np.bitwise_count(first[:, None] ^ other[None]) <= 4)
         expected = np.stack([i, j], 1)[i < j]
         assert len(expected) > 30
-        np.testing.assert_array_equal(_near_hashes(first, other), expected)
+        found = np.concatenate(list(_near_hashes(first, other)))
+        np.testing.assert_array_equal(found[np.lexsort(found.T[::-1])], expected)
+
+
+def test_many_frames_of_one_scene_are_compared_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fixed camera's 10,000 frames are fifty million pairs."""
+    cache = packed(tmp_path / "f", {f"{q}.jpg": scene(3) for q in range(60)} | {"other.png": scene(4)})
+    for q in range(60):
+        scene(3).save(tmp_path / "f" / f"{q}.jpg", quality=40 + q)
+    cache = load_cache(open_source(str(tmp_path / "f")), 64, progress=False)
+    assert len(set(cache.hashes)) == 61
+    looked_at, real = [], duplicates._agree
+    monkeypatch.setattr(duplicates, "_CONFIRM", 16)
+    monkeypatch.setattr(duplicates, "_THUMBS", 7)
+    monkeypatch.setattr(duplicates, "_agree", lambda *args: (looked_at.append(len(args[1])), real(*args))[1])
+    assert groups([cache]) == {frozenset(f"0/{q}.jpg" for q in range(60))}
+    assert sum(looked_at) < 4 * 60
+    assert max(looked_at) == 16
 
 
 def test_pictures_of_one_colour_are_copies_only_of_themselves(tmp_path: Path) -> None:

@@ -129,6 +129,22 @@ def test_frozen_statistics_stay_and_come_back():
     assert not all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
 
 
+def test_gradients_are_of_the_statistics_that_were_used():
+    """Another task of the same step moves them before the gradient is taken."""
+    found = []
+    for moved in (False, True):
+        torch.manual_seed(0)
+        backbone, images = build_backbone("small", 32, seed=0).train(), torch.rand(4, 3, 32, 32)
+        with frozen_statistics(backbone):
+            out = backbone(images).pooled.square().sum()
+        if moved:
+            backbone(3 * torch.rand(4, 3, 32, 32))
+        out.backward()
+        found.append([p.grad for p in backbone.parameters() if p.grad is not None])
+    assert len(found[0]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_wrong_settings():
     wrong: list[dict[str, Any]] = [{"code": 1}, {"loss": "l1"}, {"penalty": -1.0}, {"projections": -1}]
     for settings in wrong:

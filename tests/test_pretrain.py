@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 from pretext import TASKS
 from pretext.denoising import Denoising
 from pretext.inpainting import Config, Inpainting
+from pretext.trained import load_trained
 from unlabel import checkpoint, optim
 from unlabel.backbone import build_backbone, load_backbone, save_backbone
 from unlabel.cache import load_cache
@@ -280,6 +282,35 @@ def test_one_writer_at_a_time(tmp_path: Path):
             pass
     finally:
         holder.kill()
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+
+    def lockf(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with checkpoint.lock(tmp_path):
+        assert "cannot be locked" in capsys.readouterr().err
+
+
+def test_processes_that_do_not_divide_the_batch_of_a_run_that_was_begun(digits_folder: Path, tmp_path, monkeypatch):
+    config = settings(digits_folder, tmp_path / "run", "rotation", batch_size=None, checkpoint_every=1)
+    killed_at(monkeypatch, config, saves=1)
+    monkeypatch.setattr("unlabel.distributed.world_size", lambda: 3)
+    with pytest.raises(UserError, match=r"batch size 32 .* 3 processes: this run was begun with it"):
+        pretrain(config)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are UTF-8 elsewhere")
+def test_a_name_that_is_not_utf8(digits_folder: Path, tmp_path: Path, capsys):
+    odd = os.fsdecode(bytes(tmp_path) + b"/r\xe9")
+    assert main(["pretrain", "rotation", "--data", str(digits_folder), "--out", odd]) == 2
+    assert "not valid UTF-8" in capsys.readouterr().err
+    shutil.copytree(digits_folder / "0", odd, dirs_exist_ok=True)  # but images may lie there
+    config = settings(Path(odd), tmp_path / "run", "denoising", epochs=0.1)
+    assert load_trained(pretrain(config)).name == "denoising"
 
 
 def test_settings_that_a_person_can_get_wrong(digits_folder: Path, tmp_path: Path):

@@ -473,6 +473,31 @@ def test_training_images_are_packed_from_a_url(store, digits_folder: Path) -> No
     assert (remote.hashes, remote.labels, remote.fingerprint) == (local.hashes, local.labels, local.fingerprint)
 
 
+def test_a_store_that_does_not_answer_for_a_moment(store, digits_folder: Path, monkeypatch) -> None:
+    put(store, digits_folder / "0", "/bucket/digits")
+    source, whole, left = open_source("memory://bucket/digits/"), store.cat_file, [0]
+
+    def busy(self, key: str, *, start=None, end=None):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise RuntimeError("503 slow down")
+        return whole(key, start, end)
+
+    monkeypatch.setattr(type(store), "cat_file", busy)
+    monkeypatch.setattr("unlabel.packing._WAITS", (0.0, 0.0))
+    left[0] = 1
+    with pytest.raises(UserError, match=r"at the moment .*503"):  # while it is looked at, for its key
+        load_cache(source, 16, progress=False, write=False)
+    assert source.content_sample()
+    for times, found in ((2, 80), (10**6, None)):
+        left[0] = times
+        if found:
+            assert len(load_cache(source, 16, progress=False, write=False)) == found
+        else:
+            with pytest.raises(UserError, match=r"at the moment .*503"):
+                load_cache(source, 16, progress=False, write=False)
+
+
 def test_mistakes_with_urls_are_one_line_that_says_what_to_do(store, tmp_path: Path) -> None:
     make_shards(tmp_path)
     put(store, tmp_path, "/bucket")

@@ -57,15 +57,21 @@ def estimate_statistics(backbone: nn.Module, batches: Iterable[Tensor]) -> int:
 
 @contextlib.contextmanager
 def frozen_statistics(backbone: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm uses its running statistics and does not move them; everything else stays in its mode."""
+    """Inside, BatchNorm uses its running statistics and does not move them; everything else stays in its mode.
+
+    It uses copies of them: a gradient needs them later, and torch does not notice when a batch has moved them by then.
+    """
     layers = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    for layer in layers:
+    kept = [(layer, layer.running_mean, layer.running_var) for layer in layers]
+    for layer, mean, var in kept:
         layer.eval()
+        layer.running_mean, layer.running_var = (None if x is None else x.clone() for x in (mean, var))
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, mean, var in kept:
             layer.train()
+            layer.running_mean, layer.running_var = mean, var
 
 
 @contextlib.contextmanager

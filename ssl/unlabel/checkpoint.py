@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -120,8 +121,11 @@ def lock(folder: Path):
                 import fcntl
 
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another run is writing to {folder}: wait for it, or choose another --out") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise UserError(f"another run is writing to {folder}: wait for it, or choose another --out") from None
+            why = f"files cannot be locked in {folder} ({error.strerror})"
+            print(f"warning: {why}: let no other process write there", file=sys.stderr)
         for stale in folder.glob(".*.tmp"):  # left by a process that was killed while writing
             stale.unlink(missing_ok=True)
         yield

@@ -36,7 +36,7 @@ from unlabel.plan import EPOCHS, check_settings
 from unlabel.pretrain import pretrain
 from unlabel.runfolder import RunFolder, commit, hardware, versions
 from unlabel.sources import open_source
-from unlabel.start import refuse_addresses, refuse_out_inside_data, with_excluded
+from unlabel.start import refuse_addresses, refuse_odd_out, with_excluded
 
 __all__ = ["compare", "evaluate"]
 
@@ -80,7 +80,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     about = run.read() or {}
     spec = load_backbone(config.run).spec
     out = config.out or config.run / "evaluation"
-    refuse_out_inside_data(out, (config.train, config.test))
+    refuse_odd_out(out, (config.train, config.test))
     if about:
         run.finished()  # an error where the weights are not those that the run wrote
     backbone = (about.get("settings", {}).get("backbone", spec.name), spec.stem)
@@ -111,7 +111,7 @@ def compare(config: CompareConfig) -> Path:
     _check_settings(config)
     start = start_of(config.init, config.backbone, config.stem)
     config = dataclasses.replace(config, backbone=start.backbone)
-    refuse_out_inside_data(config.out, (*config.data, config.train, config.test))
+    refuse_odd_out(config.out, (*config.data, config.train, config.test))
     source = open_source(config.data)
     image_size = config.image_size or source.usual_size()
     _check_tasks(config, start, image_size)

@@ -32,15 +32,21 @@ class RankLost(Exception):
     code = 75  # EX_TEMPFAIL of sysexits.h
 
 
+def _environment() -> dict[str, str]:
+    """What torchrun says of this process; UserError where it is no numbers."""
+    named = {k: os.environ.get(k, default) for k, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))}
+    if bad := [k for k, v in named.items() if not (v.isascii() and v.isdecimal())]:
+        raise UserError(f"{bad[0]} is {named[bad[0]]!r} in the environment: start several processes with torchrun")
+    return named
+
+
 def start(device: torch.device, minutes: float = 30.0) -> None:
     """Join the process group that torchrun describes; without torchrun, nothing to do.
 
     ``minutes``: after which a process that waits for another one in a step gives up.
     """
     global _generation
-    named = {k: os.environ.get(k, default) for k, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))}
-    if bad := [k for k, v in named.items() if not v.isdecimal()]:
-        raise UserError(f"{bad[0]} is {named[bad[0]]!r} in the environment: start several processes with torchrun")
+    named = _environment()
     if int(named["WORLD_SIZE"]) > 1 and "RANK" not in os.environ:
         raise UserError("WORLD_SIZE is set in the environment and RANK is not: start several processes with torchrun")
     if int(named["WORLD_SIZE"]) > 1 and not dist.is_initialized():
@@ -63,12 +69,14 @@ def stop() -> None:
 
 def pick_device(wanted: str) -> torch.device:
     """``auto``: this process's GPU, else Apple's, else the CPU."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = int(_environment()["LOCAL_RANK"])
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device here: use --device cpu (or auto)")
     if wanted == "mps" and not torch.backends.mps.is_available():
         raise UserError("no MPS device here: use --device cpu (or auto)")
     if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
+        if local >= (there := torch.cuda.device_count()):
+            raise UserError(f"this is process {local + 1} here, and there are {there} GPUs: start one process for each")
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
     if wanted == "mps" or (wanted == "auto" and torch.backends.mps.is_available()):
@@ -99,13 +107,19 @@ def _store() -> Any:
     )
 
 
+def _wait_for(keys: list[str]) -> None:
+    while not _store().check(keys):  # a rank that dies meanwhile is torchrun's to notice
+        time.sleep(0.1)
+
+
 _turns = 0  # how often ``in_turn`` was entered: the same number on every rank
 
 
 @contextlib.contextmanager
 def in_turn() -> Iterator[None]:
     """Rank 0 first, then the first process of every other node, then the rest: so that work that leaves files is done
-    once, or where nodes do not share the folder, once for each node. The others wait, however long it takes.
+    once, or where nodes do not share the folder, once for each node. The others wait, however long it takes, and all
+    leave together as far as nodes go.
     """
     global _turns
     if not dist.is_initialized():
@@ -115,14 +129,15 @@ def in_turn() -> Iterator[None]:
     done = f"turn/{_turns}"
     mine = f"{done}/{os.environ.get('GROUP_RANK', '0')}"
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not is_main():  # a rank that dies meanwhile is torchrun's to notice
-        while not _store().check([done if first_here else mine]):
-            time.sleep(0.1)
+    if not is_main():
+        _wait_for([done if first_here else mine])
     yield
     if is_main():
         _store().set(done, "1")
     if first_here:
         _store().set(mine, "1")
+    nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+    _wait_for([f"{done}/{k}" for k in range(int(nodes) if nodes.isdecimal() else 1)])
 
 
 def same_everywhere(value: Any, what: str) -> None:
@@ -207,10 +222,10 @@ def from_main(value: float) -> float:
     return box[0]
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank as soon as it is true on one."""
+def any_rank(device: torch.device, *flags: bool) -> tuple[bool, ...]:
+    """Each is true on every rank as soon as it is true on one."""
     if not dist.is_initialized():
-        return flag
-    total = torch.tensor(int(flag), device=device)
+        return flags
+    total = torch.tensor(list(map(int, flags)), device=device)
     dist.all_reduce(total)
-    return bool(total.item())
+    return tuple(map(bool, total.tolist()))

@@ -18,7 +18,7 @@ import numpy as np
 
 from unlabel.cache import ImageCache
 
-__all__ = ["clusters", "content_split", "similar_pairs"]
+__all__ = ["clusters", "content_split"]
 
 _BITS = 4
 _PIECES = (0, 13, 26, 39, 52, 64)  # 4 differing bits leave at least one of 5 pieces untouched
@@ -26,6 +26,7 @@ _COARSE, _FINE = 0.95, 0.9
 _THUMB = 32
 _BLOCK = 1 << 21  # candidate pairs held at once
 _CONFIRM = 4096  # pairs whose pixels are compared at once
+_THUMBS = 256  # images of which thumbnails are made at once
 
 
 def clusters(caches: Sequence[ImageCache]) -> list[np.ndarray]:
@@ -47,8 +48,13 @@ def clusters(caches: Sequence[ImageCache]) -> list[np.ndarray]:
     for i, content in enumerate(hashes):
         join(first.setdefault(content, i), i)
     unique = np.fromiter(first.values(), np.int64, len(first))
-    for i, j in similar_pairs(caches, unique):
-        join(i, j)
+    for mirrored in (False, True):
+        for pairs in _near_pairs(caches, unique, mirrored):
+            while len(pairs):  # of what belongs together already, nothing need be looked at: n equal frames, n pairs
+                pairs = pairs[np.not_equal(*_roots(parent)[pairs.T])]
+                some, pairs = pairs[:_CONFIRM], pairs[_CONFIRM:]
+                for i, j in some[_agree(caches, some, mirrored)].tolist() if len(some) else ():
+                    join(i, j)
     roots = np.array([root(i) for i in range(len(hashes))], np.int64)
     numbers = np.unique(roots, return_inverse=True)[1].astype(np.int64)
     return np.split(numbers, np.cumsum([len(cache) for cache in caches])[:-1])
@@ -84,22 +90,27 @@ def content_split(cache: ImageCache, clusters: np.ndarray, fraction: float = 0.2
     return test
 
 
-def similar_pairs(caches: Sequence[ImageCache], among: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Pairs of the images `among` that pass all three tests; images are counted through all caches."""
+def _roots(parent: np.ndarray) -> np.ndarray:
+    """Of each of a forest's nodes, all at once."""
+    above = parent[parent]
+    while not np.array_equal(above, parent):
+        parent, above = above, above[above]
+    return above
+
+
+def _near_pairs(caches: Sequence[ImageCache], among: np.ndarray, mirrored: bool) -> Iterator[np.ndarray]:
+    """Blocks (M, 2) of pairs of the images `among` with near hashes; images are counted through all caches."""
     phashes = np.concatenate([cache.phashes for cache in caches])[among]
-    for mirrored in (False, True):
-        pairs = _near_hashes(phashes[:, 0], phashes[:, 1 if mirrored else 0])
-        for start in range(0, len(pairs), _CONFIRM):
-            block = among[pairs[start : start + _CONFIRM]]
-            yield from map(tuple, block[_agree(caches, block, mirrored)].tolist())
+    for pairs in _near_hashes(phashes[:, 0], phashes[:, 1 if mirrored else 0]):
+        yield among[pairs]
 
 
-def _near_hashes(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Pairs (M, 2), i < j, where first[i] and second[j] differ in few bits; both (N,) uint64.
+def _near_hashes(first: np.ndarray, second: np.ndarray) -> Iterator[np.ndarray]:
+    """Blocks (M, 2) of pairs i < j where first[i] and second[j] differ in few bits, each once; both (N,) uint64.
 
     Only pairs that agree in one of the pieces are looked at, instead of all N^2.
     """
-    found = [np.zeros((0, 2), np.int64)]
+    before: list[np.uint64] = []  # the pieces that a pair would have been found by already
     for low, high in pairwise(_PIECES):
         mask = np.uint64((1 << (high - low)) - 1)
         a, b = (first >> np.uint64(low)) & mask, (second >> np.uint64(low)) & mask
@@ -115,10 +126,13 @@ def _near_hashes(first: np.ndarray, second: np.ndarray) -> np.ndarray:
             i = np.repeat(np.arange(row, stop), c)
             within = np.arange(len(i)) - np.repeat(np.cumsum(c) - c, c)
             j = order[np.repeat(start[row:stop], c) + within]
-            near = (i < j) & (np.bitwise_count(first[i] ^ second[j]) <= _BITS)
-            found.append(np.stack([i[near], j[near]], 1))
+            differ = first[i] ^ second[j]
+            near = (i < j) & (np.bitwise_count(differ) <= _BITS)
+            for piece in before:
+                near &= differ & piece != 0
+            yield np.stack([i[near], j[near]], 1)
             row = stop
-    return np.unique(np.concatenate(found), axis=0)
+        before.append(mask << np.uint64(low))
 
 
 def _agree(caches: Sequence[ImageCache], pairs: np.ndarray, mirrored: bool) -> np.ndarray:
@@ -140,13 +154,14 @@ def _thumbnails(caches: Sequence[ImageCache], which: np.ndarray) -> np.ndarray:
     for cache in caches:
         rows = which[(which >= start) & (which < start + len(cache))] - start
         start += len(cache)
-        grey = np.asarray(cache.images[rows], np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
         # Overlap of each thumbnail pixel with each pixel, (S, R): rows sum to one.
         edges = np.linspace(0, cache.side, size + 1)
         pixel = np.arange(cache.side)
         overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
         weights = (np.clip(overlap, 0, None) * size / cache.side).astype(np.float32)
-        parts.append(weights @ grey @ weights.T)
+        for at in range(0, len(rows), _THUMBS):
+            part = np.asarray(cache.images[rows[at : at + _THUMBS]], np.float32)
+            parts.append(weights @ (part @ np.array([0.299, 0.587, 0.114], np.float32)) @ weights.T)
     return np.concatenate(parts)
 
 

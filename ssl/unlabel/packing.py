@@ -41,6 +41,8 @@ _BLOCK = 1024  # rows copied at a time
 _HASHED = 160  # short side in pixels that a large JPEG may be decoded to before it is hashed
 _INDEX_BYTES = 128  # of the index, per image, rounded up
 _COLUMNS = {"rows": ("<i8", ()), "hashes": ("u1", (32,)), "phashes": ("<u8", (2,)), "shapes": ("<i4", (2,))}
+_WAITS = (0.1, 0.5, 2.0)  # seconds before a file is read once more
+_LASTING = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 _LOOKED_AT_AGAIN = 1000  # broken images, whenever a cache is opened
 _IN_MEMORY = 1 << 30  # bytes of pixels that are rather held in memory than decoded again and again
 
@@ -59,24 +61,24 @@ class Index(NamedTuple):
 
 
 def load_or_pack(
-    source: Source, side: int, *, workers: int | None, progress: bool, write: bool
+    source: Source, side: int, *, workers: int | None, progress: bool, write: bool, look_again: bool = True
 ) -> tuple[Index, np.ndarray | Streamed]:
     """What is known about the images of `source` that can be read, and their pixels (N, side, side, 3) uint8.
 
-    From the cache, or decoded now and kept there (`write` false: in memory only). Raises UserError if the cache
-    folder cannot be written.
+    From the cache, or decoded now and kept there (`write` false: in memory only). `look_again`: at what was broken
+    then. Raises UserError if the cache folder cannot be written.
     """
     key = f"{source.fingerprint[:24]}-{side}-v{_FORMAT}-{source.content_sample()[:8]}"
     folder = cache_root() / key
     try:
         found = _open(folder, side)
-        if found and _put_right(source, found[0], side):
+        if found and look_again and os.access(folder.parent, os.W_OK) and _put_right(source, found[0], side):
             _remove(folder)
             found = None
         return found or _make(source, side, folder if write else None, workers or _cpus(), progress)
     except OSError as error:
         raise UserError(
-            f"cannot write the image cache in {cache_root()} ({error.strerror or error}); "
+            f"cannot use the image cache in {cache_root()} ({error.strerror or error}); "
             "make room there, or set UNLABEL_CACHE to another folder"
         ) from None
 
@@ -110,22 +112,37 @@ def _cpus() -> int:
 
 
 def _pack_one(load: Callable[[], bytes], side: int) -> _Packed | str:
-    """The packed image, or why there is none. Raises OSError if the file is not the one that was listed, or is gone."""
+    """The packed image, or why there is none.
+
+    Raises OSError if the file is not the one that was listed, is gone, or cannot be read at the moment.
+    """
     try:
-        data = load()
+        data = _patiently(load)
         shape, image = decode_reduced(data, _HASHED)
         # What is hashed does not depend on `side`; the same pixels serve where they are fine enough.
         fine = image if min(image.size) >= min(2 * side, *shape) else decode_reduced(data, 2 * side)[1]
     except BrokenImage as error:
         return str(error)
-    except (Changed, FileNotFoundError):
-        raise
     except OSError as error:
+        if error.errno not in _LASTING or isinstance(error, Changed):
+            raise
         return f"cannot be read: {error.strerror or error}"
     digest = hashlib.sha256(f"{shape[0]}x{shape[1]}".encode())
     digest.update(image.tobytes())
     small = fine.resize((side, side), Image.Resampling.BICUBIC, _square(fine), reducing_gap=3.0)
     return _Packed(small.tobytes(), digest.digest(), perceptual_hashes(image, _square(image)), shape)
+
+
+def _patiently(load: Callable[[], bytes]) -> bytes:
+    """Its bytes; a store that answers nothing, or a disk that fails, may do better a moment later."""
+    for seconds in _WAITS:
+        try:
+            return load()
+        except OSError as error:
+            if isinstance(error, Changed | FileNotFoundError | PermissionError):
+                raise
+            time.sleep(seconds)
+    return load()
 
 
 def _square(image: Image.Image) -> tuple[int, int, int, int]:
@@ -140,7 +157,7 @@ def _read_index(folder: Path) -> Index | None:
     try:
         with open(folder / "index.bin", "rb") as file:
             checksum, body = file.readline().strip(), file.read()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):  # one that is there and may not be read is nobody's to remove
         return None
     if hashlib.sha256(body).hexdigest().encode() != checksum:
         return None
@@ -170,6 +187,8 @@ def _write_index(folder: Path, index: Index) -> None:
 def _open(folder: Path, side: int) -> tuple[Index, np.ndarray] | None:
     """A finished cache, None if there is none. One that is damaged is moved out of the way."""
     index, data = _read_index(folder), folder / "images.u8"
+    if index is None and folder.exists():  # another process may have put it there just now
+        index = _read_index(folder)
     if index is not None:
         shape = (len(index.rows), side, side, 3)
         if data.is_file() and data.stat().st_size == int(np.prod(shape)):
@@ -302,9 +321,10 @@ def _decode_into(file: IO[bytes] | None, source: Source, side: int, workers: int
         try:
             result = future.result()
         except OSError as error:  # what is packed must be what was listed: it is found again by that
+            what = "changed or vanished while the images were read"
+            what = what if isinstance(error, Changed | FileNotFoundError) else "cannot be read at the moment"
             raise UserError(
-                f"{source.names[i]!r} changed or vanished while the images were read ({error.strerror or error}): "
-                "the same command looks at them again"
+                f"{source.names[i]!r} {what} ({error.strerror or error}): the same command looks at them again"
             ) from None
         if isinstance(result, str):
             skipped.append((source.names[i], result))

@@ -109,9 +109,8 @@ def make_plan(
         plan = _resolved_before(about["resolved"], plan)
     if plan.batch_size % shares:
         times = f" times --accumulate {config.accumulate}" if config.accumulate > 1 else ""
-        raise UserError(
-            f"batch size {plan.batch_size} is not a multiple of the {world} processes{times}: set --batch-size"
-        )
+        advice = "set --batch-size" if about is None else "this run was begun with it, so take another number of those"
+        raise UserError(f"batch size {plan.batch_size} is not a multiple of the {world} processes{times}: {advice}")
     if about is not None:
         return plan
     epochs = config.epochs if config.epochs is not None else EPOCHS
@@ -188,8 +187,8 @@ def _measure_phase(twin: Any, phase: int, plan: Plan, batch_of: Batches) -> floa
         times: list[float] = []
         # All ranks do the same number of steps: a task may compute something together.
         while distributed.any_rank(
-            len(times) < 4 or (len(times) < MEASURE_STEPS and sum(times) < MEASURE_SECONDS), batch_of.device
-        ):
+            batch_of.device, len(times) < 4 or (len(times) < MEASURE_STEPS and sum(times) < MEASURE_SECONDS)
+        )[0]:
             k, begun = len(times), clock(batch_of.device)
             batch = batch_of(int((at + share / 2) * steps) + k, progress=0.5)
             with autocast(batch_of.device, plan.precision):

@@ -41,9 +41,9 @@ from unlabel.start import (
     load_images,
     load_weights_of,
     newest_state,
+    refuse_odd_out,
     refuse_other_content,
     refuse_other_side,
-    refuse_out_inside_data,
     with_excluded,
 )
 
@@ -97,7 +97,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     check_settings(config, classes, weights)
     run = RunFolder(config.out)
     about = run.read()
-    refuse_out_inside_data(config.out, config.data)
+    refuse_odd_out(config.out, config.data)
     start = start_of(config.init, config.backbone, config.stem, about and about["settings"])
     config = replace(config, backbone=start.backbone, stem=start.stem)
 
@@ -114,7 +114,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
             return config.out
     image_size = config.image_size or source.usual_size()
     backbone = build_backbone(start.backbone, image_size, start.stem, config.seed, config.flip)
-    cache = load_images(source, image_size, config, exclude)
+    cache = load_images(source, image_size, config, exclude, as_it_was=about is not None)
     content = content_of(cache)
     if about is not None:
         refuse_other_side(about, cache.side, image_size)
@@ -181,12 +181,14 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
         backbone.model.forward_intermediates = torch.compile(backbone.model.forward_intermediates)
 
     def save(step: int) -> None:
+        with torch.no_grad():
+            everywhere = {k: distributed.mean(v) for k, v in sums.items()}
         if distributed.is_main():
             if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
                 raise UserError(not_finite(step, {}, run))
             content = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
             content |= {"step": step, "seconds": seconds + time.monotonic() - started, "phase": phase}
-            content |= {"sums": sums, "summed": summed}
+            content |= {"sums": everywhere, "summed": summed}
             checkpoint.save(run.checkpoints, step, content)
 
     def preview(step: int) -> None:
@@ -253,7 +255,8 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
                 sums, summed, timed, last_log = {}, 0, 0, time.monotonic()
             if step in preview_at:
                 preview(step)
-            signum = distributed.any_rank(bool(caught), device) and (caught[0] if caught else signal.SIGTERM)
+            stop, due = distributed.any_rank(device, bool(caught), due)
+            signum = stop and (caught[0] if caught else signal.SIGTERM)
             if due or signum:
                 save(step)
                 last_save = time.monotonic()
@@ -264,11 +267,14 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     # ---- 6. The product: BatchNorm statistics on clean images, then weights only
     seconds += time.monotonic() - started
     seed_everything(config.seed, "finish")
-    if distributed.is_main() or config.sync_batchnorm:  # synchronised layers wait for one another here, too
+    if config.sync_batchnorm:  # synchronised layers wait for one another here, too
         estimate_statistics(backbone, batch_of.clean())
-    if distributed.is_main():
-        path = save_backbone(backbone, run.path)
-        run.finish(path, {"steps": plan.steps, "images_seen": plan.steps * plan.batch_size, "seconds": seconds})
+    with distributed.in_turn():  # rank 0 may take longer than others wait in a barrier
+        if distributed.is_main():
+            if not config.sync_batchnorm:
+                estimate_statistics(backbone, batch_of.clean())
+            path = save_backbone(backbone, run.path)
+            run.finish(path, {"steps": plan.steps, "images_seen": plan.steps * plan.batch_size, "seconds": seconds})
     distributed.barrier()
     say(f"{run.path / 'backbone.safetensors'}: {plan.steps} steps, {plan.steps * plan.batch_size:,} images seen")
     return run.path

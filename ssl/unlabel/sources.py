@@ -138,8 +138,12 @@ class Source:
         indices = sorted({int(step * i) for i in range(min(_SAMPLE, len(self)))})
         heads: dict[int, bytes] = {}
         for i, load in self.read(indices, _HEAD_BYTES):
-            with contextlib.suppress(OSError):
+            try:
                 heads[i] = load()
+            except OSError as error:
+                if any(is_url(place.path) for place in self.entries.places):  # it would be another source than before
+                    what = f"cannot read {self.names[i]!r} in {self.spec} at the moment ({error})"
+                    raise UserError(f"{what}: try again when it can be read") from None
         sides = [side for i in indices if (side := _short_side(heads.get(i, b"")))]
         if not sides and not self.packed:
             for _, load in self.read(indices):  # some TIFFs keep their header at the end

@@ -19,11 +19,13 @@ from unlabel.errors import UserError
 from unlabel.runfolder import RunFolder
 
 __all__ = ["content_of", "load_images", "load_weights_of", "newest_state", "refuse_other_content"]
-__all__ += ["refuse_addresses", "refuse_other_side", "refuse_out_inside_data", "with_excluded"]
+__all__ += ["refuse_addresses", "refuse_odd_out", "refuse_other_side", "with_excluded"]
 
 
-def refuse_out_inside_data(out: Path, specs: Sequence[str | None]) -> None:
-    """What is written there would count as images the next time."""
+def refuse_odd_out(out: Path, specs: Sequence[str | None]) -> None:
+    """Where what is written would count as images the next time, or could not be opened again."""
+    if not str(out).isascii() and os.fsencode(out).decode("utf-8", "replace") != str(out):
+        raise UserError(f"--out {str(out)!r} is not valid UTF-8, which weights' files need: choose another name")
     out = out.resolve()
     for spec in specs:
         if spec and os.path.isdir(spec) and out.is_relative_to(Path(spec).resolve()):
@@ -93,9 +95,14 @@ def how_differ(about: dict[str, Any], fingerprint: str, left_out: frozenset[str]
     return "other names or sizes of files"
 
 
-def load_images(source: Any, image_size: int, config: PretrainConfig, exclude: frozenset[str]) -> ImageCache:
-    """Rank 0 packs; the others wait and map the same file, or where their node has its own cache, pack there."""
-    options: dict[str, Any] = {"max_skipped": config.max_skipped, "workers": config.workers}
+def load_images(
+    source: Any, image_size: int, config: PretrainConfig, exclude: frozenset[str], as_it_was: bool = False
+) -> ImageCache:
+    """Rank 0 packs; the others wait and map the same file, or where their node has its own cache, pack there.
+
+    ``as_it_was``: images that were broken then are still left out, though they may have been repaired.
+    """
+    options: dict[str, Any] = {"max_skipped": config.max_skipped, "workers": config.workers, "as_it_was": as_it_was}
     with distributed.in_turn():
         try:
             cache = load_cache(source, image_size, progress=distributed.is_main(), **options)
