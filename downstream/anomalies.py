@@ -2,8 +2,8 @@
 
 | score | what |
 | --- | --- |
-| the task's name | how badly the task does on the image: - log p of the four turns (Golan 2018), the logits of the 72 |
-| | transformations, or the squared error |
+| the task's name | how badly the task does on the image: - log p of the four turns (after Golan 2018), the logits of |
+| | the 72 transformations, or the squared error |
 | features | distance to the nearest normal images in the features of the last two stages |
 | pixels | the same in raw pixels |
 | components | squared error of 40 principal components of the pixels |
@@ -35,6 +35,7 @@ from unlabel.cache import ImageCache, evenly_spaced, load_cache, printable
 from unlabel.checkpoint import write_atomic
 from unlabel.config import AnomaliesConfig
 from unlabel.distributed import pick_device
+from unlabel.duplicates import clusters
 from unlabel.errors import UserError
 from unlabel.page import figure, write_page
 from unlabel.pictures import sheet, write_png
@@ -132,6 +133,10 @@ def anomalies(config: AnomaliesConfig, load: Load) -> Path:
     if config.test:
         test = load_cache(open_source(config.test, config.labels), size, max_skipped=config.max_skipped)
     strange = _strange(config, test)
+    if config.test and (known := _known(normal, test)):
+        print(
+            f"note: {known} --test images are near-duplicates of --data images, and look normal for that reason alone"
+        )
     scores = score_images(task, backbone, normal, test, same=not config.test)
     out, first = config.out or config.run / "anomalies", next(iter(scores))
     order = np.argsort(-scores[first], kind="stable")
@@ -154,6 +159,12 @@ def anomalies(config: AnomaliesConfig, load: Load) -> Path:
         print(f"{name:<14} AUROC {values['auroc']:.3f}  average precision {values['average_precision']:.3f}")
     print(f"{out / 'anomalies.csv'}: {len(test):,} images, strangest first; open {_page(out, picture, found, first)}")
     return out
+
+
+def _known(normal: ImageCache, test: ImageCache) -> int:
+    """How many of the test images the network, or the distances, may know."""
+    there, here = clusters([normal, test])
+    return int(np.isin(here, there).sum())
 
 
 def _strange(config: AnomaliesConfig, test: ImageCache) -> np.ndarray | None:

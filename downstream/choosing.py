@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-from sklearn.model_selection import RepeatedStratifiedKFold
+from sklearn.model_selection import RepeatedStratifiedKFold, StratifiedGroupKFold
 
 from downstream.features import Block, StageFeatures
 
@@ -45,14 +45,29 @@ def feature_sets(features: StageFeatures, per_class: int, stage: str | None = No
     return sets
 
 
-def splits(y: np.ndarray, per_class: int, seed: int) -> list[Split]:
+def splits(y: np.ndarray, per_class: int, seed: int, clusters: np.ndarray | None = None) -> list[Split]:
     """Stratified folds of the labels: at most five, and no more than labels per class, so that every part of
-    every fold has every class. The same for every arm and every feature set."""
-    smallest = int(np.bincount(y).min())
-    folder = RepeatedStratifiedKFold(
-        n_splits=min(5, smallest), n_repeats=1 if per_class >= MANY else 3, random_state=seed
-    )
+    every fold has every class. The same for every arm and every feature set.
+
+    Near-duplicates, which have the same number in ``clusters`` (n,), are on one side of each fold: else what knows
+    its labels by heart would be chosen. Where that leaves a part without some class, they are not held together.
+    """
+    smallest, repeats = int(np.bincount(y).min()), 1 if per_class >= MANY else 3
+    if clusters is not None and repeats_any(clusters):
+        different = min(len(np.unique(clusters[y == c])) for c in np.unique(y))
+        found: list[Split] = []
+        for k in range(repeats if different > 1 else 0):
+            folder = StratifiedGroupKFold(min(5, different), shuffle=True, random_state=seed + k)
+            found += folder.split(y, y, clusters)
+        if found and all(len(held) and len(np.unique(y[fit])) == len(np.unique(y)) for fit, held in found):
+            return found
+    folder = RepeatedStratifiedKFold(n_splits=min(5, smallest), n_repeats=repeats, random_state=seed)
     return list(folder.split(y, y))
+
+
+def repeats_any(clusters: np.ndarray) -> bool:
+    """Whether some of the labelled images are near-duplicates of one another."""
+    return len(np.unique(clusters)) < len(clusters)
 
 
 def subsample(y: np.ndarray, seed: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from downstream import finetune as ft
 from downstream import self_training as st
-from downstream.choosing import MAX_LABELS, Judged
+from downstream.choosing import MAX_LABELS, Judged, repeats_any
 from downstream.classifier import name_classes, save_classifier, stored_key
 from downstream.controls import Patches, Pixels
 from downstream.features import BlockStats, StageFeatures, block_stats, extract, feature_stats, joined
@@ -197,8 +197,10 @@ class ArmFiller:
     def _key(self, protocol: str, count: Count, draw: int, stage: str | None = None) -> list[Any]:
         """What a cell is stored under: all that it depends on."""
         # The rows themselves: which they are depends on the largest count and the number of draws, too.
-        labels = hashlib.sha256(self._draws.indices(draw, count).astype("<i8").tobytes()).hexdigest()
+        rows = self._draws.indices(draw, count)
+        labels = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
         key: list[Any] = [*self.identity, protocol, count, draw, stage, labels]
+        key += ["near-duplicates together"] if repeats_any(self.table.pool.clusters[rows]) else []
         scratch = self.arm.kind == "scratch"
         if not scratch or protocol in ("self-training", "s4l"):
             key += [self.table.unlabelled_id]
@@ -235,9 +237,9 @@ class ArmFiller:
             if protocol == "linear":
                 if self._judged is None or self._judged[0] != (count, draw):
                     self._judged = (count, draw), {}
-                model = fit_probe(*given, stage=stage, judged=self._judged[1])
+                model = fit_probe(*given, stage=stage, judged=self._judged[1], clusters=self.table.pool.clusters[rows])
             else:
-                model = fit_knn(*given, stage=stage)
+                model = fit_knn(*given, stage=stage, clusters=self.table.pool.clusters[rows])
             about = {"chosen": model.chosen, "on_grid_edge": bool(model.on_grid_edge), "steps": None}
             return model.predict(f.features, f.test_rows), about
         if protocol == "finetune":
@@ -267,7 +269,7 @@ class ArmFiller:
         tuned = ft.finetune(
             self._start, Rows(table.pool.pixels, rows), table.pool.y[rows], len(table.classes),
             table.presets(count, self.arm), head=lambda local: self._head(rows[local]), seed=draw, device=table.device,
-            on_step=on_step, augment=table.augment, unlabelled=unlabelled,
+            on_step=on_step, augment=table.augment, unlabelled=unlabelled, clusters=table.pool.clusters[rows],
         )  # fmt: skip
         return tuned.model, {"chosen": tuned.chosen, "on_grid_edge": tuned.on_grid_edge, "steps": tuned.steps}
 

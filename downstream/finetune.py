@@ -287,21 +287,29 @@ def predict_logits(model: Classifier, images: Any, batch_size: int = 256) -> np.
     return np.concatenate(out) if out else np.zeros((0, model.head.out_features), np.float32)
 
 
-def _holdout(y: np.ndarray, seed: int, share: float = 0.2) -> np.ndarray:
-    """A stratified mask of the images that are held out to choose a preset."""
+def _holdout(y: np.ndarray, seed: int, clusters: np.ndarray, share: float = 0.2) -> np.ndarray:
+    """A stratified mask of the images that are held out to choose a preset; with each, its near-duplicates.
+
+    Unless no image of some class would be left, which are not held out then.
+    """
     held = np.zeros(len(y), bool)
     rng = np.random.default_rng(mix(seed, "holdout"))
     for c in np.unique(y):
         members = rng.permutation(np.flatnonzero(y == c))
-        held[members[: max(1, round(share * len(members)))]] = True
-    return held
+        wanted = max(1, round(share * len(members)))
+        firsts = members[np.sort(np.unique(clusters[members], return_index=True)[1])]  # of each cluster, in this order
+        size = np.cumsum([(clusters[members] == clusters[k]).sum() for k in firsts])
+        held |= np.isin(clusters, clusters[firsts[: 1 + int(np.searchsorted(size, wanted))]])
+    if np.array_equal(np.unique(y[~held]), np.unique(y)):
+        return held
+    return _holdout(y, seed, np.arange(len(y)), share)
 
 
 def finetune(
     backbone: Backbone, images: np.ndarray | Rows, y: np.ndarray, classes: int, presets: Sequence[Preset], *,
     head: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray] | None] | None = None, seed: int = 0,
     device: torch.device | str = "cpu", on_step: Callable[[int], None] | None = None, augment: bool = True,
-    unlabelled: Pixels | None = None,
+    unlabelled: Pixels | None = None, clusters: np.ndarray | None = None,
 ) -> FineTuned:  # fmt: skip
     """Fine-tune on images (n, R, R, 3) uint8 with labels y (n,) in 0 … classes - 1.
 
@@ -309,7 +317,7 @@ def finetune(
     a small random one. With several presets, one stratified 80/20 split chooses by log-loss, and the winner is refit
     on all images with the same number of steps. Of more than choosing.MAX_LABELS labels, so many are split (25 of a
     class at least), and seen as often. Nothing looks at a test image. ``augment`` false: images as they are.
-    ``unlabelled``: see ``train``.
+    ``unlabelled``: see ``train``. ``clusters`` (n,): of near-duplicates, which are held out together.
     """
     if len(np.unique(y)) < 2:
         raise UserError("fine-tuning needs images of at least two classes")
@@ -323,7 +331,7 @@ def finetune(
     trials: list[Preset] = []
     if len(presets) > 1:
         some = choosing.subsample(y, seed)
-        out = _holdout(y[some], seed)
+        out = _holdout(y[some], seed, (np.arange(len(y)) if clusters is None else clusters)[some])
         held, learned = some[out], some[~out]
         trials = [on_trial(preset, len(some), len(y)) for preset in presets]
         for trial in trials:

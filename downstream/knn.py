@@ -49,6 +49,7 @@ def fit_knn(
     seed: int = 0,
     *,
     stage: str | None = None,
+    clusters: np.ndarray | None = None,
 ) -> KnnResult:
     """k-NN by cosine similarity of standardised features; arguments as in `fit_probe`.
 
@@ -63,7 +64,7 @@ def fit_knn(
     if count >= choosing.FEW:
         keep = choosing.subsample(y, seed)
         few = y[keep]
-        folds = choosing.splits(few, count, seed)
+        folds = choosing.splits(few, count, seed, None if clusters is None else clusters[keep])
         grid = [g for g in GRID_K if g <= min(len(fit) for fit, _ in folds) / 2]
 
         def errors(blocks: tuple[Block, ...]) -> np.ndarray:
@@ -75,7 +76,7 @@ def fit_knn(
             return total * len(few) / sum(len(held_out) for _, held_out in folds)
 
         name, choice = choosing.choose(sets, errors)
-        k, edge = grid[choice], choice in (0, len(grid) - 1)
+        k, edge = grid[choice], choice == 0 and grid[0] == max(GRID_K)  # beyond 1, or half the labels, nothing is
     blocks = sets[name]
     examples = _unit(features, blocks, unlabelled_stats, train_idx)
     chosen = {"k": k, "features": name}

@@ -59,6 +59,7 @@ def fit_probe(
     *,
     stage: str | None = None,
     judged: choosing.Judged | None = None,
+    clusters: np.ndarray | None = None,
 ) -> ProbeResult:
     """Fit by the few-label protocol (see `downstream.choosing`).
 
@@ -71,12 +72,13 @@ def fit_probe(
         seed: of the folds.
         stage: confine the probe to one stage, for the table of stages.
         judged: of the same labels, for several stages: feature sets are judged once.
+        clusters: (n,) of near-duplicates, whose labels are held out together; None: there are none.
     """
     count = choosing.labels_per_class(y, per_class)
     sets = choosing.feature_sets(features, count, stage)
     name, c, edge = next(iter(sets)), FIXED_C, False
     if count >= choosing.FEW:
-        name, c, edge = _choose(features, train_idx, y, unlabelled_stats, sets, count, seed, judged)
+        name, c, edge = _choose(features, train_idx, y, unlabelled_stats, sets, count, seed, judged, clusters)
     blocks = sets[name]
     coef, intercept = _fit(standardised(features, blocks, unlabelled_stats, train_idx), y, c)
     mean = np.concatenate([unlabelled_stats[b].mean for b in blocks])
@@ -103,11 +105,12 @@ def _choose(
     count: int,
     seed: int,
     judged: choosing.Judged | None,
+    clusters: np.ndarray | None,
 ) -> tuple[str, float, bool]:
     """(feature set, C, whether that C is the first or last of the grid) by cross-validated log-loss."""
     keep = choosing.subsample(y, seed)
     few = y[keep]
-    folds = choosing.splits(few, count, seed)
+    folds = choosing.splits(few, count, seed, None if clusters is None else clusters[keep])
     fitted = np.zeros((len(folds), len(few)), bool)
     for mine, (fit, _) in zip(fitted, folds, strict=True):
         mine[fit] = True

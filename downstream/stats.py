@@ -112,13 +112,17 @@ def _estimate(values: np.ndarray, clusters: np.ndarray, lowest: float, n_resampl
     if n_seeds >= 3:
         half = _seeds_half_width(residuals)
         low, high = mean - half, mean + half
-        unit, over = "seed", "pretraining seeds, draws of labels and test images"
+        unit, over = "seed", f"pretraining seeds{', draws of labels' if n_draws > 1 else ''} and test images"
+        over += "" if n_draws > 1 else ", for this one draw of labels"
     else:
         half = _half_width(*_crossed(residuals.mean(axis=0)))
         resampled = _resample(sums.mean(axis=0), sizes, n_resamples, seed)
         q_low, q_high = np.quantile(resampled, [0.025, 0.975])
         stretch = 2 * half / (q_high - q_low) if q_high > q_low else 0.0
         low, high = mean + stretch * (q_low - mean), mean + stretch * (q_high - mean)
+        if lowest < 0 and abs(mean) <= half and low * high > 0:
+            # Where all images that differ favour one side, no resample crosses zero; the width says that it may be.
+            low, high = mean - half, mean + half
         unit = "draw"
         over = "test images only, for this one draw of labels" if n_draws == 1 else "draws of labels and test images"
         over += ", for this backbone" if n_seeds == 1 else f", for these {n_seeds} backbones"

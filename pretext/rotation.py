@@ -85,7 +85,10 @@ class Rotation(PretextTask):
 
     @torch.no_grad()
     def surprise(self, batch: Batch) -> Tensor:
-        """Mean over the four turns of - log p(the turn) (Golan & El-Yaniv 2018, https://arxiv.org/abs/1805.10917)."""
+        """Mean over the four turns of - log p(the turn).
+
+        After Golan & El-Yaniv 2018 (https://arxiv.org/abs/1805.10917), who take p itself or fit a Dirichlet to it.
+        """
         views, labels = four_rotations(batch.images)
         logits = self.logits(views.contiguous(memory_format=torch.channels_last)).float()
         loss = F.cross_entropy(logits, labels, reduction="none")

@@ -64,10 +64,10 @@ def problems(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             images.append(np.array(cache.images[rows]))
             y.append(np.searchsorted(classes, its[rows]))
         for run in args.runs:
-            backbone = network(run, args.image_size, images[0][:STATISTICS_IMAGES])
-            features = [extract(backbone, i, backbone.spec.image_size) for i in images]
             # Statistics from images without regard to their labels.
             some = np.random.default_rng(1).permutation(len(y[0]))[:STATISTICS_IMAGES]
+            backbone = network(run, args.image_size, images[0][some])
+            features = [extract(backbone, i, backbone.spec.image_size) for i in images]
             stats = feature_stats(extract(backbone, images[0][some], backbone.spec.image_size))
             problem = name if not args.classes else f"{name}:{chosen}"
             yield {"problem": problem, "run": run, "pool": features[0], "test": features[1],

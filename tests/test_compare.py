@@ -411,7 +411,13 @@ def test_statistics_and_controls_see_no_test_image(digits_folder: Path, tmp_path
 
 @pytest.mark.parametrize(
     ("draws", "labels", "notes"),
-    [(10, ("1",), []), (2, ("25",), ["2 draws of labels"]), (10, ("1", "25"), ["too small for draws of 25 labels"])],
+    [
+        (10, ("1",), []),
+        (2, ("25",), ["2 draws of labels"]),
+        (10, ("1", "25"), ["too small for draws of 25 labels"]),
+        (1, ("5",), ["leave out the luck of that draw"]),
+        (10, ("1", "all"), ["leave out the luck of that draw"]),
+    ],
 )
 def test_few_draws_and_shared_labels_are_said(draws, labels, notes, digits_folder: Path, tmp_path: Path, capsys):
     """Some 64 images per class: two draws of 25 share none, ten do."""
@@ -474,6 +480,17 @@ def test_a_class_of_which_nothing_can_be_read(compared: Path, digits_folder: Pat
     (data / "4" / "broken.png").write_bytes(b"no image")
     assert main(["evaluate", str(compared / "runs" / "rotation-seed0"), "--train", str(data)]) == 2
     assert "no image of class '4' can be read" in capsys.readouterr().err
+
+
+def test_near_duplicates_among_the_labels_make_another_cell(compared: Path, digits_folder: Path, tmp_path: Path):
+    table, arm = table_of(digits_folder, compared / "runs" / "rotation-seed0", tmp_path)
+    pairs = dataclasses.replace(table.pool, clusters=table.pool.clusters // 2)
+    keys = []
+    for pool in (table.pool, pairs):
+        other = dataclasses.replace(table, pool=pool)
+        filler = ev.ArmFiller(arm, 0, other, ev.Store(other))
+        keys.append([filler._key(p, 25, 0) for p in ("linear", "knn", "finetune")])
+    assert all(a != b for a, b in zip(*keys, strict=True))
 
 
 def test_fine_tuning_starts_with_statistics_of_the_size_it_sees(digits_folder: Path, tmp_path: Path):

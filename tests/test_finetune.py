@@ -150,7 +150,7 @@ def test_the_choice_uses_held_out_labels_and_refits_on_all(most: int, learned: i
     assert len(tuned.chosen["holdout_log_loss"]) == 3
     assert rows_seen == [learned, learned, learned, 60]
     assert tuned.steps == steps + 12
-    held = ft._holdout(y, 0)
+    held = ft._holdout(y, 0, np.arange(len(y)))
     assert np.bincount(y[held]).tolist() == [6, 6]
 
 

@@ -314,6 +314,30 @@ def test_compare_measures_them_as_they_are(
     assert answer(results) in capsys.readouterr().out
 
 
+def test_what_a_run_began_with_may_have_seen_the_test_images(
+    exported: Path, digits_folder: Path, tmp_path: Path, capsys
+):
+    """It was pretrained on other images; of the weights that it began with nothing is known."""
+    (tmp_path / "data").mkdir()
+    shutil.copytree(digits_folder / "3", tmp_path / "data" / "3")
+    labelled = tmp_path / "labelled"
+    for name in "012":
+        shutil.copytree(digits_folder / name, labelled / name)
+    for init, seen in ((None, 0), (exported, None)):
+        out = pretrain(
+            settings(
+                tmp_path / "data", tmp_path / str(seen), epochs=0.1, init=init, backbone="test_resnet", stem="timm"
+            )
+        )
+        flags = "--labels-per-class 5 --draws 2 --protocol knn --no-controls".split()
+        assert main(["evaluate", str(out), "--train", str(labelled), *flags]) == 0
+        results = json.loads((out / "evaluation" / "results.json").read_text())
+        assert results["provenance"]["overlap"] == {"test_in_pretraining": seen}
+        page = (out / "evaluation" / "report.html").read_text()
+        assert ("No test image was among the pretraining images." in page) == (seen == 0)
+        assert ("it began with other weights" in capsys.readouterr().out) == (seen is None)
+
+
 def test_evaluate_beside_another_run(exported: Path, digits_folder: Path, tmp_path: Path):
     """A file is of the run's network; a run is its own, and what it was trained on is known."""
     run, other = exported.with_name("run"), tmp_path / "other"

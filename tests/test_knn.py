@@ -36,13 +36,16 @@ def test_equals_scikit_learn(blobs, per_class, monkeypatch):
 def test_what_is_chosen_follows_the_table(blobs):
     features, y = blobs
     stats = feature_stats(features)
-    chosen = {}
+    chosen, results = {}, []
     for per_class in (1, 4, 10, 200):
         train = LabelDraws(y, per_class, 1).indices(0, per_class)
-        chosen[per_class] = fit_knn(features, train, y[train], stats, per_class).chosen
+        results.append(fit_knn(features, train, y[train], stats, per_class))
+        chosen[per_class] = results[-1].chosen
     assert chosen[1] == chosen[4] == {"k": 1, "features": "a+b 2x2"}
     assert chosen[10]["features"] == "a+b 2x2"
     assert chosen[10]["k"] in (1, 3, 5)  # at most half of the 16 labels that a fold fits on
+    assert not any(r.on_grid_edge for r in results[:3])
+    assert results[3].on_grid_edge
     assert chosen[200] == {"k": 50, "features": "b 2x2"}  # blurred classes: many neighbours, the better stage
 
 

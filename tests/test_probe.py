@@ -206,6 +206,42 @@ def test_folds_are_stratified_and_judge_every_label_as_often(per_class):
     assert (times == (1 if per_class >= 25 else 3)).all()
 
 
+@pytest.mark.parametrize("per_class", [7, 30])
+def test_near_duplicates_are_held_out_together(per_class):
+    y = np.tile(np.arange(3), per_class)
+    alone = choosing.splits(y, per_class, 0)
+    for pairs in (np.arange(len(y)), 100 + np.arange(len(y))):
+        assert all(
+            np.array_equal(a[1], b[1]) for a, b in zip(alone, choosing.splits(y, per_class, 0, pairs), strict=True)
+        )
+    clusters = np.arange(len(y)) // 6 * 3 + y  # of each class, two by two
+    folds = choosing.splits(y, per_class, 0, clusters)
+    assert len(folds) >= 4
+    times = np.zeros(len(y), int)
+    for fit, held_out in folds:
+        assert not set(clusters[fit]) & set(clusters[held_out])
+        assert len(np.unique(y[fit])) == 3
+        times[held_out] += 1
+    assert (times == (1 if per_class >= 25 else 3)).all()
+    assert len(choosing.splits(y, per_class, 0, y)) == len(alone)  # each class one picture: as if they were different
+
+
+def test_copies_choose_no_setting_that_knows_them_by_heart():
+    """Each label three times, with a little noise: k and C are those of different images."""
+    features, y = make(signal=(0.0, 1.5))
+    rng = np.random.default_rng(1)
+    rows = LabelDraws(y, 20, 1).indices(0, 20)
+    three = {s: np.repeat(x[rows], 3, 0) for s, x in features.two.items()}
+    three = {s: (x + 0.05 * rng.normal(size=x.shape)).astype(np.float32) for s, x in three.items()}
+    copies, labels = StageFeatures({s: x[:, :6] for s, x in three.items()}, three), np.repeat(y[rows], 3)
+    given = copies, np.arange(60 * len(np.unique(y))), labels, feature_stats(features), 24
+    clusters = np.repeat(np.arange(len(rows)), 3)
+    by_heart = fit_knn(*given)
+    assert (by_heart.chosen["k"], by_heart.on_grid_edge) == (1, False)  # beyond 1 there is nothing
+    assert fit_knn(*given, clusters=clusters).chosen["k"] > 1
+    assert fit_probe(*given, clusters=clusters).chosen["C"] < fit_probe(*given).chosen["C"]
+
+
 def test_one_standard_error_rule_by_hand():
     # Means 0.40, 0.34, 0.30, 0.35; the lowest has a standard error of 0.2 / sqrt(4) * sqrt(4 / 3) = 0.115.
     losses = np.array([[0.4] * 4, [0.34] * 4, [0.1, 0.5, 0.1, 0.5], [0.35] * 4])

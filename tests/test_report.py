@@ -20,6 +20,7 @@ from PIL import Image
 
 from unlabel.errors import UserError
 from unlabel.report import accuracy_svg, answer, format_table, write_report
+from unlabel.report_origin import reading
 
 LABELS = (10, 50, 250)
 EVIL = '<script>alert("x")</script>'
@@ -388,6 +389,17 @@ def test_answer_says_what_the_interval_is_over() -> None:
     assert answer(results).endswith(
         "over repeated pretraining (3 pretraining seeds, 10 draws of labels, 5,000 test images)."
     )
+
+
+@pytest.mark.parametrize(
+    ("draws", "said"), [((10, 10), "other draws of labels"), ((10, 1), "one draw only"), ((1, 1), "not the luck")]
+)
+def test_how_to_read_one_draw(draws: tuple[int, int], said: str) -> None:
+    results = {"summary": [{"arm": "rotation", "protocol": "knn", "n_draws": n, "unit": "draw"} for n in draws]}
+    text = reading(results)
+    assert said in text
+    assert ("covers other draws of labels" in text) == (draws[0] == 10)
+    assert ("luck" in text.partition("Two bands")[0]) == (1 in draws)
 
 
 def test_answer_picks_the_named_comparison(results: dict[str, Any]) -> None:

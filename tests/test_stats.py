@@ -144,6 +144,23 @@ def test_two_seeds_are_averaged_and_say_so():
     assert "these 2 backbones" in e.note
 
 
+@pytest.mark.parametrize(("n", "draws"), [(300, 1), (1000, 1), (1000, 10)])
+def test_three_images_of_a_thousand_are_no_difference(n, draws):
+    """All that differ are on one side, so that no resample crosses zero; the exact sign test says p = 0.25."""
+    a, b = np.zeros((draws, n)), np.zeros((draws, n))
+    a[:, :3] = 1
+    for one, other in ((a, b), (b, a)):
+        e = paired(one, other, np.arange(n))
+        assert e.ci_low < 0 < e.ci_high
+    a[:, :40] = 1
+    assert paired(a, b, np.arange(n)).ci_low > 0
+
+
+def test_one_draw_is_never_called_more():
+    e = summarise(np.random.default_rng(0).random((3, 1, 300)) < 0.7, np.arange(300))
+    assert (e.unit, "draws of labels" in e.note, "this one draw" in e.note) == ("seed", False, True)
+
+
 def test_verdict():
     assert verdict(0.01, 0.05) == "helps"
     assert verdict(-0.05, -0.01) == "does not help"

@@ -93,14 +93,15 @@ def evaluate(config: EvaluateConfig) -> Path:
         split = unlabelled_pool(config, spec.image_size, pretraining)
     else:
         split = split_data(config, spec.image_size, pretraining, others)
-    split.warnings.extend([note, *notes] if note else notes)
+    split.warnings.extend(filter(None, [note, _started(config.run), *notes]))
     if split.seen:
         split.warnings.append(f"{split.seen} test images have a near-duplicate among those that it was pretrained on")
     arm = ev.Arm(_arm_name(config.run, about), "backbone", (_seed(about),), (config.run,))
     arms = _with_controls([arm, *given], config, config.label_free)
     table = _table(config, split, backbone, spec.image_size, out, spec.flip)
     print_cost(table, arms, config.label_free)
-    origin = {"settings": plain(config), "overlap": {"test_in_pretraining": split.seen}, "left_out_of_pretraining": 0}
+    seen = _most_seen([_seen(config.run, split.seen), *(split.seen_by.get(arm.name) for arm in given)])
+    origin = {"settings": plain(config), "overlap": {"test_in_pretraining": seen}, "left_out_of_pretraining": 0}
     origin |= _given_about(start, weights)
     return _fill_and_report(table, split, arms, 1 + len(given), origin, config.label_free)
 
@@ -137,8 +138,7 @@ def compare(config: CompareConfig) -> Path:
             print(f"\n== {arm.name}, seed {seed}")
             pretrain(_pretrain_config(config, arm.name, seed, folder, image_size), exclude=split.pretraining_leaks)
     # Own runs see no test image; those that were given may have.
-    found = [split.seen_by.get(arm.name) for arm in finished]
-    seen = None if None in found else max([0, *(n for n in found if n is not None)])
+    seen = _most_seen([_seen(arm.runs[0], split.seen_by.get(arm.name)) for arm in finished])
     origin = {"settings": plain(config), "overlap": {"test_in_pretraining": seen}} | _given_about(start, weights)
     origin["left_out_of_pretraining"] = len(split.pretraining_leaks)
     return _fill_and_report(table, split, arms, len(tasks) + len(finished), origin, True)
@@ -178,8 +178,7 @@ def _finished_runs(
             run.finished()
         arms.append(ev.Arm(folder.resolve().name, "backbone", (_seed(about),), (folder,)))
         images, note = pretraining_images(folder, about, image_size)
-        if note:
-            notes.append(f"{folder.name}: {note}")
+        notes += [f"{folder.name}: {text}" for text in (note, _started(folder)) if text]
         if images is not None:  # the same images need no second look
             seen = [c for c in (pretraining, *others.values()) if c is not None]
             known = next((c for c in seen if c.hashes == images.hashes), images)
@@ -257,6 +256,24 @@ def pretraining_images(run: Path, about: dict[str, Any], image_size: int) -> tup
     return cache.subset(np.flatnonzero([h not in gone for h in cache.hashes])), None
 
 
+def _started(run: Path) -> str | None:
+    """A note on a run that began with other weights: what those had seen is not in its folder."""
+    about = RunFolder(run).read() or {}
+    if about.get("settings", {}).get("init") is None:
+        return None
+    return f"it began with other weights ({about.get('free', {}).get('init')}), which may have seen test images"
+
+
+def _seen(run: Path, count: int | None) -> int | None:
+    """How many test images a run has seen, by its own images; None where that is not known."""
+    return count or (None if _started(run) else count)
+
+
+def _most_seen(counts: Sequence[int | None]) -> int | None:
+    known = [n for n in counts if n is not None]
+    return max(known, default=0) or (0 if len(known) == len(counts) else None)
+
+
 def _arm_name(run: Path, about: dict[str, Any]) -> str:
     tasks = about.get("settings", {}).get("tasks")
     return "+".join(tasks) if tasks else run.resolve().name
@@ -271,7 +288,9 @@ def _table(
     scores_alone = not config.protocol  # by `evaluate --label-free`
     counts = (1,) if scores_alone else label_counts(config, split.pool.y)
     numbers = [c for c in counts if c != "all" and not scores_alone]
-    if config.draws < 10 and numbers:
+    if "all" in counts or (config.draws == 1 and numbers):
+        split.warnings.append("of one draw of labels (all are one) intervals leave out the luck of that draw")
+    if 1 < config.draws < 10 and numbers:
         split.warnings.append(f"{config.draws} draws of labels instead of 10: intervals are wide and rough")
     device = pick_device(config.device)
     if device.type == "cpu":
@@ -286,7 +305,7 @@ def _table(
     if shared:
         split.warnings.append(
             f"the pool is too small for draws of {', '.join(shared)} labels per class that share no image: their "
-            "intervals are somewhat too narrow"
+            "intervals are too narrow, and hold for this pool rather than for other labels"
         )
     for warning in split.warnings:
         print(f"note: {warning}")

@@ -175,5 +175,6 @@ def forecasts(results: dict[str, Any]) -> str:
     return (
         "<h2>More labels?</h2>\n<p>How far accuracy would rise with twice and four times as many labels of the same "
         "kind, judged by how it rose from a quarter of them. The intervals are meant to hold in four cases of five; on "
-        "data that they were not fitted to, they held in 76 to 90 %.</p>\n" + html_table(head, lines, about)
+        "problems that they were not fitted to, partly of the same images, they held in 76 to 90 %.</p>\n"
+        + html_table(head, lines, about)
     )

@@ -184,7 +184,12 @@ def reading(results: dict[str, Any]) -> str:
     summary = rows_of(results, "summary")
     if not summary:
         return ""
+    one = [number(row.get("n_draws")) == 1 for row in summary]
     over = "It covers other draws of labels and other test images of the same kind. "
+    if all(one):
+        over = "It covers other test images of the same kind, and not the luck of the one draw of labels. "
+    elif any(one):
+        over += "Where there is one draw only (all labels), it covers other test images, and not that draw's luck. "
     if any(row.get("unit") == "seed" for row in summary):
         over += "It also covers pretraining again from another seed. It does not cover other data."
     else:

@@ -137,7 +137,7 @@ def basis(results: dict[str, Any], row: Row) -> str:
     if seeds and seeds > 1:
         parts.append(f"{seeds:.0f} pretraining seeds")
     if draws:
-        parts.append(f"{draws:.0f} draw{'' if draws == 1 else 's'} of labels")
+        parts.append("one draw of labels, whose luck is not in it" if draws == 1 else f"{draws:.0f} draws of labels")
     if tests:
         parts.append(f"{tests:,.0f} test images")
     if source.get("unit") == "seed":
