@@ -133,10 +133,10 @@ def anomalies(config: AnomaliesConfig, load: Load) -> Path:
     if config.test:
         test = load_cache(open_source(config.test, config.labels), size, max_skipped=config.max_skipped)
     strange = _strange(config, test)
-    if config.test and (known := _known(normal, test)):
-        print(
-            f"note: {known} --test images are near-duplicates of --data images, and look normal for that reason alone"
-        )
+    known = _known(normal, test) if config.test else 0
+    if known:
+        what = f"{known} --test images are near-duplicates of --data images"
+        print(f"note: {what}, and look normal for that reason alone")
     scores = score_images(task, backbone, normal, test, same=not config.test)
     out, first = config.out or config.run / "anomalies", next(iter(scores))
     order = np.argsort(-scores[first], kind="stable")
@@ -151,8 +151,8 @@ def anomalies(config: AnomaliesConfig, load: Load) -> Path:
     picture = write_png(out / "anomalies.png", sheet([np.array(test.images[part]) for part in ends]))
     found = judged(scores, strange) if strange is not None else {}
     if found:
-        about = {"normal": list(config.normal), "images": len(test), "anomalies": int(strange.sum()), "scores": found}  # type: ignore[union-attr]
-        write_atomic(out / "auroc.json", (json.dumps(about, indent=1) + "\n").encode())
+        about = {"normal": list(config.normal), "images": len(test), "anomalies": int(strange.sum()), "in_data": known}  # type: ignore[union-attr]
+        write_atomic(out / "auroc.json", (json.dumps({**about, "scores": found}, indent=1) + "\n").encode())
     for name, reason in test.skipped:
         print(f"skipped {printable(name)}: {reason}")
     for name, values in found.items():

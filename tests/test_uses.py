@@ -179,7 +179,10 @@ def test_other_digits_are_strange(runs, digits_folder: Path, tmp_path: Path, cap
     usual = [float(r["autoencoder"]) for r in rows if r["anomaly"] == "0"]
     share = np.mean([(a > b) + 0.5 * (a == b) for a in strange for b in usual])
     assert found["scores"]["autoencoder"]["auroc"] == pytest.approx(share, abs=1e-4)
-    assert "AUROC" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "AUROC" in said
+    assert found["in_data"] >= 60
+    assert f"note: {found['in_data']} --test images are near-duplicates of --data images" in said
     assert (out / "anomalies.html").exists()
 
 
