@@ -50,7 +50,8 @@ def splits(y: np.ndarray, per_class: int, seed: int, clusters: np.ndarray | None
     every fold has every class. The same for every arm and every feature set.
 
     Near-duplicates, which have the same number in ``clusters`` (n,), are on one side of each fold: else what knows
-    its labels by heart would be chosen. Where that leaves a part without some class, they are not held together.
+    its labels by heart would be chosen. What is held out may lack a class then; where what is fitted on would, they
+    are not held together.
     """
     smallest, repeats = int(np.bincount(y).min()), 1 if per_class >= MANY else 3
     if clusters is not None and repeats_any(clusters):

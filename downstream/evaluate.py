@@ -26,7 +26,7 @@ from downstream.choosing import MAX_LABELS, Judged, repeats_any
 from downstream.classifier import name_classes, save_classifier, stored_key
 from downstream.controls import Patches, Pixels
 from downstream.features import BlockStats, StageFeatures, block_stats, extract, feature_stats, joined
-from downstream.knn import fit_knn
+from downstream.knn import GRID_K, fit_knn
 from downstream.probe import fit_head, fit_probe
 from downstream.s4l import SETTING
 from downstream.table import STATISTICS_IMAGES, TRAINED, Arm, Count, Images, Table, control_arms
@@ -223,6 +223,8 @@ class ArmFiller:
             predicted, about = self._fit(protocol, count, draw, rows, stage, on_step, keep, self.store.digest(key))
             cell = Cell(predicted, {**about, "seconds": round(time.monotonic() - begun, 3)})
             self.store.put(key, cell)
+        elif protocol == "knn":  # what was stored by an earlier version called 1 an edge, too
+            cell.about["on_grid_edge"] = cell.about["chosen"]["k"] == max(GRID_K)
         elif keep is not None:
             name_classes(keep, self.table.classes)
         return cell

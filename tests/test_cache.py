@@ -428,19 +428,7 @@ def test_an_image_that_was_repaired_is_looked_at_again(tmp_path: Path, cache_fol
     last.write_bytes(good)
     for _ in range(2):
         cache = load_cache(open_source(str(folder)), 32, progress=False)
-        assert (len(cache), cache.skipped, len(list(cache_folder.iterdir()))) == (3, [], 1)
-
-
-def test_a_run_that_is_continued_keeps_the_images_it_was_begun_with(tmp_path: Path, monkeypatch) -> None:
-    folder = make_folder(tmp_path / "f", 3)
-    good = (folder / "002.png").read_bytes()
-    (folder / "002.png").write_bytes(bytes(len(good)))
-    monkeypatch.setattr("unlabel.sources._SAMPLE", 1)
-    options = {"max_skipped": 1.0, "progress": False}
-    load_cache(open_source(str(folder)), 32, **options)
-    (folder / "002.png").write_bytes(good)
-    assert len(load_cache(open_source(str(folder)), 32, **options, as_it_was=True)) == 2
-    assert len(load_cache(open_source(str(folder)), 32, **options)) == 3
+        assert (len(cache), cache.skipped, len(list(cache_folder.iterdir()))) == (3, [], 2)  # the old one may be in use
 
 
 @pytest.mark.parametrize(("code", "times", "found"), [(errno.EIO, 2, 3), (errno.EIO, 99, 2), (errno.EMFILE, 99, None)])
@@ -455,7 +443,7 @@ def test_a_disk_that_fails_for_a_moment(code: int, times: int, found: int | None
             raise OSError(code, os.strerror(code))
         return real(entry, limit)
 
-    monkeypatch.setattr(packing, "_WAITS", (0.0, 0.0))
+    monkeypatch.setattr("unlabel.stores.WAITS", (0.0, 0.0))
     monkeypatch.setattr(Entry, "load", load)
     if found is None:
         with pytest.raises(UserError, match=r"'001.png' cannot be read at the moment .*the same command"):

@@ -102,15 +102,21 @@ def test_each_node_packs_into_its_own_cache(digits_folder: Path, tmp_path: Path)
     assert float(kept[0]["loss"]) == pytest.approx(float(kept[1]["loss"]), rel=1e-5)
 
 
-def test_a_node_that_packs_for_long_is_waited_for(tmp_path: Path):
-    """Longer than one waits for another in a step."""
+def test_a_node_that_prepares_for_long_is_waited_for_and_one_that_fails_is_not(tmp_path: Path):
+    """Longer than the others wait in a step, if need be: they wait outside of one."""
     code = (
-        "import sys, time, torch; from unlabel import distributed as d; d.start(torch.device('cpu'), 0.05)\n"
-        "with d.in_turn(): time.sleep(5 * d.rank())\n"
-        "d.same_everywhere(1, 'x'); print('together'); d.stop()"
+        "import time, torch; from unlabel import distributed as d; d.start(torch.device('cpu'), 1.0)\n"
+        "with d.in_turn(): time.sleep(2 * d.rank()); left = time.time()\n"
+        "print(left if d.rank() else time.time(), flush=True)\n"
+        "try:\n    with d.in_turn(): 1 / (1 - d.rank())\n"
+        "except d.RankLost as error: print('lost:', error)\n"
+        "except ZeroDivisionError: time.sleep(5); print('failed')"  # not by its end that the others know
     )
-    ended = Pair([["-c", code]] * 2, [tmp_path] * 2).end()
-    assert [(code, out.strip().splitlines()[-1:]) for code, out in ended] == [(0, ["together"])] * 2, ended
+    (_, first), (_, second) = Pair([["-c", code]] * 2, [tmp_path] * 2).end()
+    waited, left = (float(out.strip().splitlines()[0]) for out in (first, second))
+    assert waited >= left
+    assert "lost: another process failed" in first
+    assert "failed" in second
 
 
 @pytest.mark.parametrize("wanted", ["cpu", "auto"])

@@ -189,6 +189,24 @@ def test_a_finished_run_may_lie_where_nothing_can_be_written(digits_folder: Path
     assert "finished and verified" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("which", [1, 2])  # of 320, the first is among those by which a cache is found
+def test_a_run_keeps_the_images_that_it_was_begun_with(which: int, digits_folder: Path, tmp_path: Path, monkeypatch):
+    """One was broken then and is repaired: the run goes on without it, the next one has it."""
+    monkeypatch.setenv("UNLABEL_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data"
+    shutil.copytree(digits_folder, data)
+    broken = sorted(data.rglob("*.png"))[which]
+    good = broken.read_bytes()
+    broken.write_bytes(bytes(len(good)))
+    config = settings(data, tmp_path / "run", "denoising")
+    killed_at(monkeypatch, config, saves=1)
+    broken.write_bytes(good)
+    after = pretrain(dataclasses.replace(config, out=tmp_path / "after", epochs=0.1))
+    killed_at(monkeypatch, config, saves=1)
+    assert [(RunFolder(run).read() or {})["data"]["images"] for run in (pretrain(config), after)] == [319, 320]
+    assert len((config.out / "skipped.txt").read_text().splitlines()) == 1
+
+
 def test_run_folder_and_exported_weights(digits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = pretrain(settings(digits_folder, tmp_path / "run", "rotation", "inpainting", weights=(1.0, 0.3)))
     ((steps, seconds, minutes),) = re.findall(
@@ -338,6 +356,7 @@ def test_settings_that_a_person_can_get_wrong(digits_folder: Path, tmp_path: Pat
         ({"task_settings": {"rotation": {"blocks": 10**6}}}, ("rotation",), r"--rotation\.blocks"),
         ({"task_settings": {"stacked": {"level": -0.5}}}, ("stacked",), r"--stacked\.level"),
         ({"backbone": "mlp:20", "batch_size": 1}, ("autoencoder",), "one image at a time"),
+        ({"backbone": "mlp:20-10", "batch_size": 1}, ("stacked",), "one image at a time"),
         ({"backbone": "mlp:20", "batch_size": 4, "accumulate": 4}, ("autoencoder",), "one image at a time"),
         ({}, ("rotate",), "unknown pretext task"),
     ]

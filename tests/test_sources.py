@@ -258,12 +258,14 @@ def test_labels_from_a_csv(tmp_path: Path) -> None:
         ("a.png,x\ncat/a.png,y\n", r"'cat/a.png' both as 'x' and as 'y'"),
         ("a.png\n", "without a label column"),
         ("", "holds no labels"),
+        ("id,filename\n1,a.png\n", "without a label column"),
         ("a.png,x\nc.png,x\n", "only one class, 'x'"),
     ]:
         with pytest.raises(UserError, match=message):
             labelled(text)
     assert labelled("a.png,target\nc.png,distractor\n") == {"cat/a.png": "target", "dog/c.png": "distractor"}
     assert labelled("id,filename,label\n7,a.png,x\n8,c.png,y\n") == {"cat/a.png": "x", "dog/c.png": "y"}
+    assert labelled("id,image,breed\n7,a.png,x\n8,c.png,y\n") == {"cat/a.png": "x", "dog/c.png": "y"}
     assert labelled('a.png, "x"\nc.png, "y"\n') == {"cat/a.png": "x", "dog/c.png": "y"}
     composed = "dog/Grüße 猫.png"
     assert labelled(unicodedata.normalize("NFD", f"{composed},x\n") + "a.png,y\n") == {composed: "x", "cat/a.png": "y"}

@@ -484,10 +484,11 @@ def test_a_store_that_does_not_answer_for_a_moment(store, digits_folder: Path, m
         return whole(key, start, end)
 
     monkeypatch.setattr(type(store), "cat_file", busy)
-    monkeypatch.setattr("unlabel.packing._WAITS", (0.0, 0.0))
-    left[0] = 1
+    monkeypatch.setattr(stores, "WAITS", (0.0, 0.0))
+    left[0] = 4
     with pytest.raises(UserError, match=r"at the moment .*503"):  # while it is looked at, for its key
         load_cache(source, 16, progress=False, write=False)
+    left[0] = 2
     assert source.content_sample()
     for times, found in ((2, 80), (10**6, None)):
         left[0] = times

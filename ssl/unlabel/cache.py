@@ -126,22 +126,18 @@ def load_cache(
     workers: int | None = None,
     progress: bool = True,
     write: bool = True,
-    as_it_was: bool = False,
 ) -> ImageCache:
     """The packed images of `source`: read from the cache, or decoded now and kept there.
 
     Each image is cropped to its central square and resized to `cache_side` with antialiasing. `write`
-    false keeps a new cache in memory only. Images that were broken when it was made are looked at again, but for
-    `as_it_was`. One that would not fit on the disk is streamed, with a word on it.
+    false keeps a new cache in memory only. One that would not fit on the disk is streamed, with a word on it.
     Raises TooManyBroken, after looking at every image, if more than the fraction `max_skipped` cannot be read, and
     UserError if the cache folder cannot be written.
     """
     if not 0 <= max_skipped <= 1:
         raise UserError(f"--max-skipped {max_skipped}: a share of the images, from 0 to 1")
     side = cache_side(image_size, source.short_side())
-    index, images = load_or_pack(
-        source, side, workers=workers, progress=progress, write=write, look_again=not as_it_was
-    )
+    index, images = load_or_pack(source, side, workers=workers, progress=progress, write=write)
     skipped = sorted(source.skipped + index.skipped)
     total = len(source) + len(source.skipped)
     if len(skipped) / total > max_skipped or not len(index.rows):

@@ -100,7 +100,9 @@ def evaluate(config: EvaluateConfig) -> Path:
     arms = _with_controls([arm, *given], config, config.label_free)
     table = _table(config, split, backbone, spec.image_size, out, spec.flip)
     print_cost(table, arms, config.label_free)
-    seen = _most_seen([_seen(config.run, split.seen), *(split.seen_by.get(arm.name) for arm in given)])
+    seen = _most_seen(
+        [_seen(config.run, split.seen), *(_seen(arm.runs[0], split.seen_by.get(arm.name)) for arm in given)]
+    )
     origin = {"settings": plain(config), "overlap": {"test_in_pretraining": seen}, "left_out_of_pretraining": 0}
     origin |= _given_about(start, weights)
     return _fill_and_report(table, split, arms, 1 + len(given), origin, config.label_free)

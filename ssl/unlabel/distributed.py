@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,10 +21,12 @@ from unlabel.errors import UserError
 __all__ = ["RankLost", "any_rank", "barrier", "from_main", "gathered", "in_turn", "is_main", "mean"]
 __all__ += ["naming_the_missing", "pick_device", "rank", "same_everywhere", "start", "stop", "world_size"]
 
+ALIVE_SECONDS = 5.0  # between two signs of life of a process that others wait for
 LOST_SECONDS = 10.0  # that a process waits, once it gave up, for the others to give up too
 
 
 _generation = ""  # of this start of the processes
+_patience = 0.0  # seconds without a sign of life
 
 
 class RankLost(Exception):
@@ -45,7 +48,8 @@ def start(device: torch.device, minutes: float = 30.0) -> None:
 
     ``minutes``: after which a process that waits for another one in a step gives up.
     """
-    global _generation
+    global _generation, _patience
+    _patience = 60 * minutes
     named = _environment()
     if int(named["WORLD_SIZE"]) > 1 and "RANK" not in os.environ:
         raise UserError("WORLD_SIZE is set in the environment and RANK is not: start several processes with torchrun")
@@ -107,9 +111,38 @@ def _store() -> Any:
     )
 
 
-def _wait_for(keys: list[str]) -> None:
-    while not _store().check(keys):  # a rank that dies meanwhile is torchrun's to notice
+def _wait_for(keys: list[str], turn: str) -> None:
+    """Until others are done; RankLost where one of them failed, or nothing was heard of them for ``--rank-timeout``."""
+    heard, since = -1, time.monotonic()
+    while not _store().check(keys):
+        if _store().check([f"{turn}/failed"]):
+            raise RankLost("another process failed while it prepared something: it says why")
+        if (now := _store().add(f"{turn}/alive", 0)) != heard:
+            heard, since = now, time.monotonic()
+        if time.monotonic() - since > max(_patience, 3 * ALIVE_SECONDS):
+            raise RankLost(_who_is_missing("nothing was heard of it while it prepared something"))
         time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _heard_of(turn: str) -> Iterator[None]:
+    """Inside, the others hear that this process is at work; and if it fails, that it did."""
+    store, over = _store(), threading.Event()
+
+    def tell() -> None:
+        while not over.wait(ALIVE_SECONDS):
+            store.add(f"{turn}/alive", 1)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        store.set(f"{turn}/failed", str(rank()))
+        raise
+    finally:
+        over.set()
+        thread.join()
 
 
 _turns = 0  # how often ``in_turn`` was entered: the same number on every rank
@@ -130,14 +163,15 @@ def in_turn() -> Iterator[None]:
     mine = f"{done}/{os.environ.get('GROUP_RANK', '0')}"
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"
     if not is_main():
-        _wait_for([done if first_here else mine])
-    yield
+        _wait_for([done if first_here else mine], done)
+    with _heard_of(done):
+        yield
     if is_main():
         _store().set(done, "1")
     if first_here:
         _store().set(mine, "1")
     nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
-    _wait_for([f"{done}/{k}" for k in range(int(nodes) if nodes.isdecimal() else 1)])
+    _wait_for([f"{done}/{k}" for k in range(int(nodes) if nodes.isdecimal() else 1)], done)
 
 
 def same_everywhere(value: Any, what: str) -> None:

@@ -31,7 +31,7 @@ from PIL import Image
 from unlabel.decode import BrokenImage, decode_reduced, perceptual_hashes
 from unlabel.errors import UserError
 from unlabel.sources import Source, cache_root
-from unlabel.stores import Changed, is_url
+from unlabel.stores import Changed, is_url, patiently
 from unlabel.streaming import Streamed
 
 __all__ = ["Index", "load_or_pack"]
@@ -41,8 +41,9 @@ _BLOCK = 1024  # rows copied at a time
 _HASHED = 160  # short side in pixels that a large JPEG may be decoded to before it is hashed
 _INDEX_BYTES = 128  # of the index, per image, rounded up
 _COLUMNS = {"rows": ("<i8", ()), "hashes": ("u1", (32,)), "phashes": ("<u8", (2,)), "shapes": ("<i4", (2,))}
-_WAITS = (0.1, 0.5, 2.0)  # seconds before a file is read once more
 _LASTING = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
+_UNREAD = "cannot be read: "
+_VARIANTS = 20
 _LOOKED_AT_AGAIN = 1000  # broken images, whenever a cache is opened
 _IN_MEMORY = 1 << 30  # bytes of pixels that are rather held in memory than decoded again and again
 
@@ -61,21 +62,22 @@ class Index(NamedTuple):
 
 
 def load_or_pack(
-    source: Source, side: int, *, workers: int | None, progress: bool, write: bool, look_again: bool = True
+    source: Source, side: int, *, workers: int | None, progress: bool, write: bool
 ) -> tuple[Index, np.ndarray | Streamed]:
     """What is known about the images of `source` that can be read, and their pixels (N, side, side, 3) uint8.
 
-    From the cache, or decoded now and kept there (`write` false: in memory only). `look_again`: at what was broken
-    then. Raises UserError if the cache folder cannot be written.
+    From the cache, or decoded now and kept there (`write` false: in memory only). Raises UserError if the cache
+    folder cannot be written.
     """
     key = f"{source.fingerprint[:24]}-{side}-v{_FORMAT}-{source.content_sample()[:8]}"
     folder = cache_root() / key
     try:
-        found = _open(folder, side)
-        if found and look_again and os.access(folder.parent, os.W_OK) and _put_right(source, found[0], side):
-            _remove(folder)
-            found = None
-        return found or _make(source, side, folder if write else None, workers or _cpus(), progress)
+        for variant in range(_VARIANTS):  # a new cache for what was repaired: the old one may be in use
+            at = folder.with_name(f"{key}-again{variant}") if variant else folder
+            found = _open(at, side) or _make(source, side, at if write else None, workers or _cpus(), progress)
+            if not (write and _put_right(source, found[0], side, at)):
+                break
+        return found
     except OSError as error:
         raise UserError(
             f"cannot use the image cache in {cache_root()} ({error.strerror or error}); "
@@ -83,19 +85,34 @@ def load_or_pack(
         ) from None
 
 
-def _put_right(source: Source, index: Index, side: int) -> bool:
+def _put_right(source: Source, index: Index, side: int, folder: Path) -> bool:
     """Whether an image that could not be read when `index` was made can be read now.
 
-    Its file, of the same name and size, may have been repaired, or the disk had failed for a moment. Up to a thousand
-    are looked at, none in a compressed archive or behind a URL.
+    Its file, of the same name and size, may have been repaired since, or the disk had failed for a moment. Up to a
+    thousand are looked at, none in a compressed archive or behind a URL.
     """
     if not index.skipped or source.packed or any(is_url(place.path) for place in source.entries.places):
         return False
-    broken = np.setdiff1d(np.arange(len(source)), index.rows)[:_LOOKED_AT_AGAIN]
+    made = [(p / "index.bin").stat() for p in (folder, _index_alone(folder)) if (p / "index.bin").exists()]
+    failed = {name for name, reason in index.skipped if reason.startswith(_UNREAD)}
+
+    def worth_a_look(i: int) -> bool:
+        with contextlib.suppress(OSError):
+            now = os.stat(source.entries[i].path)
+            return source.names[i] in failed or max(now.st_mtime_ns, now.st_ctime_ns) >= made[0].st_mtime_ns
+        return False
+
+    broken = np.setdiff1d(np.arange(len(source)), index.rows)[:_LOOKED_AT_AGAIN] if made else np.zeros(0, int)
+    broken = [i for i in broken.tolist() if worth_a_look(i)]
     with contextlib.suppress(OSError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return any(isinstance(_pack_one(load, side), _Packed) for _, load in source.read(broken.tolist()))
+        return any(isinstance(_pack_one(load, side, patient=False), _Packed) for _, load in source.read(broken))
     return False
+
+
+def _index_alone(folder: Path) -> Path:
+    """Where the index is kept of images that are streamed."""
+    return folder.with_name(f"{folder.name}-index")
 
 
 class _Packed(NamedTuple):
@@ -111,38 +128,26 @@ def _cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _pack_one(load: Callable[[], bytes], side: int) -> _Packed | str:
+def _pack_one(load: Callable[[], bytes], side: int, patient: bool = True) -> _Packed | str:
     """The packed image, or why there is none.
 
     Raises OSError if the file is not the one that was listed, is gone, or cannot be read at the moment.
     """
     try:
-        data = _patiently(load)
+        data = patiently(load) if patient else load()
         shape, image = decode_reduced(data, _HASHED)
         # What is hashed does not depend on `side`; the same pixels serve where they are fine enough.
         fine = image if min(image.size) >= min(2 * side, *shape) else decode_reduced(data, 2 * side)[1]
     except BrokenImage as error:
         return str(error)
     except OSError as error:
-        if error.errno not in _LASTING or isinstance(error, Changed):
+        if isinstance(error, Changed) or (error.errno not in _LASTING and not isinstance(error, PermissionError)):
             raise
-        return f"cannot be read: {error.strerror or error}"
+        return f"{_UNREAD}{error.strerror or error}"
     digest = hashlib.sha256(f"{shape[0]}x{shape[1]}".encode())
     digest.update(image.tobytes())
     small = fine.resize((side, side), Image.Resampling.BICUBIC, _square(fine), reducing_gap=3.0)
     return _Packed(small.tobytes(), digest.digest(), perceptual_hashes(image, _square(image)), shape)
-
-
-def _patiently(load: Callable[[], bytes]) -> bytes:
-    """Its bytes; a store that answers nothing, or a disk that fails, may do better a moment later."""
-    for seconds in _WAITS:
-        try:
-            return load()
-        except OSError as error:
-            if isinstance(error, Changed | FileNotFoundError | PermissionError):
-                raise
-            time.sleep(seconds)
-    return load()
 
 
 def _square(image: Image.Image) -> tuple[int, int, int, int]:
@@ -187,14 +192,15 @@ def _write_index(folder: Path, index: Index) -> None:
 def _open(folder: Path, side: int) -> tuple[Index, np.ndarray] | None:
     """A finished cache, None if there is none. One that is damaged is moved out of the way."""
     index, data = _read_index(folder), folder / "images.u8"
-    if index is None and folder.exists():  # another process may have put it there just now
+    there = folder.exists()
+    if index is None and there:  # another process may have put it there just now
         index = _read_index(folder)
     if index is not None:
         shape = (len(index.rows), side, side, 3)
         if data.is_file() and data.stat().st_size == int(np.prod(shape)):
             images = np.memmap(data, np.uint8, "r", shape=shape) if len(index.rows) else np.zeros(shape, np.uint8)
             return index, images
-    if folder.exists():
+    if there:
         _remove(folder)
     return None
 
@@ -243,9 +249,9 @@ def _without_room(
         raise UserError(f"the image cache of {source.spec} {why}, and a compressed archive has no other way: {advice}")
     if progress:
         print(f"the image cache of {source.spec} {why}: images are decoded anew each time, which is slower; {advice}")
-    kept = folder.with_name(f"{folder.name}-index")
+    kept = _index_alone(folder)
     index = _read_index(kept)
-    if index is None or _put_right(source, index, side):
+    if index is None:
         _remove(kept)
         index = _decode_into(None, source, side, workers, progress)
         temporary = folder.with_name(f"tmp-{uuid.uuid4().hex}")

@@ -111,6 +111,8 @@ def make_plan(
         times = f" times --accumulate {config.accumulate}" if config.accumulate > 1 else ""
         advice = "set --batch-size" if about is None else "this run was begun with it, so take another number of those"
         raise UserError(f"batch size {plan.batch_size} is not a multiple of the {world} processes{times}: {advice}")
+    batch_of.plan = plan
+    _refuse_one_image(model, batch_of)
     if about is not None:
         return plan
     epochs = config.epochs if config.epochs is not None else EPOCHS
@@ -209,9 +211,12 @@ def _refuse_one_image(model: Any, batch_of: Batches) -> None:
     shares = distributed.world_size() * batch_of.parts
     if min(batch_of.plan.batch_size // shares, len(batch_of.cache.names)) > 1:
         return
+    twin = copy.deepcopy(model).train()
+    for task in twin.tasks.values():
+        task.begin(0)
     try:
         with torch.no_grad():
-            model(batch_of.fixed(1))
+            twin.to(batch_of.device)(batch_of.fixed(1))
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -225,8 +230,7 @@ def freeze_unused(model: Any, batch_of: Batches, phases: int) -> tuple[str, ...]
     for phase in range(phases):
         for task in twin.tasks.values():
             task.begin(phase)
-        _refuse_one_image(twin.to(batch_of.device), batch_of)
-        twin(batch_of.fixed(4))[0].backward()
+        twin.to(batch_of.device)(batch_of.fixed(4))[0].backward()
         used |= {n for n, p in twin.backbone.model.named_parameters() if p.grad is not None}
     names = tuple(n for n, _ in model.backbone.model.named_parameters() if n not in used)
     for name in names:

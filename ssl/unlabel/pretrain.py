@@ -114,7 +114,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
             return config.out
     image_size = config.image_size or source.usual_size()
     backbone = build_backbone(start.backbone, image_size, start.stem, config.seed, config.flip)
-    cache = load_images(source, image_size, config, exclude, as_it_was=about is not None)
+    cache = load_images(source, image_size, config, exclude, (about or {}).get("data", {}).get("content"))
     content = content_of(cache)
     if about is not None:
         refuse_other_side(about, cache.side, image_size)

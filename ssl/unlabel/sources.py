@@ -26,7 +26,7 @@ from unlabel.columns import Names
 from unlabel.errors import UserError
 from unlabel.listing import Entries, Found, joined, list_folder, unpacked
 from unlabel.named import DATASETS, SPLITS, cache_root, open_named, own_test_split
-from unlabel.stores import Changed, file_state, is_url
+from unlabel.stores import Changed, file_state, is_url, patiently
 from unlabel.tar_index import in_parallel, list_archives, list_url, url_matches
 
 __all__ = ["DATASETS", "Source", "available_formats", "cache_root", "open_source", "own_test_split"]
@@ -139,13 +139,15 @@ class Source:
         heads: dict[int, bytes] = {}
         for i, load in self.read(indices, _HEAD_BYTES):
             try:
-                heads[i] = load()
+                heads[i] = patiently(load)
+            except PermissionError:
+                continue
             except OSError as error:
                 if any(is_url(place.path) for place in self.entries.places):  # it would be another source than before
                     what = f"cannot read {self.names[i]!r} in {self.spec} at the moment ({error})"
                     raise UserError(f"{what}: try again when it can be read") from None
         sides = [side for i in indices if (side := _short_side(heads.get(i, b"")))]
-        if not sides and not self.packed:
+        if not sides:
             for _, load in self.read(indices):  # some TIFFs keep their header at the end
                 with contextlib.suppress(OSError):
                     sides.append(_short_side(load()))
@@ -298,9 +300,9 @@ def read_labels(path: Path, names: Sequence[str], elsewhere: Sequence[str] = ())
     name_at, label_at = 0, 1
     if (in_label or 0 in in_name) and not any(name_of(cell) in known for cell in rows[0]):
         rows = rows[1:]
-        label_at = in_label[0] if in_label else 1
         hits = {k: sum(name_of(row[k]) in known for row in rows[:100] if k < len(row)) for k in in_name}
         name_at = max(hits, key=hits.__getitem__, default=0)  # an "id" may stand beside the name
+        label_at = in_label[0] if in_label else 2 if name_at == 1 else 1
     labels: dict[str, str] = {}
     unknown: list[str] = []
     other = {_NFC(name) for full_name in elsewhere for name in (full_name, full_name.rsplit("/", 1)[-1])}

@@ -7,13 +7,14 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from unlabel import checkpoint, distributed
-from unlabel.cache import ImageCache, TooManyBroken, cache_side, load_cache, write_skipped
+from unlabel.cache import ImageCache, TooManyBroken, cache_side, load_cache, printable, write_skipped
 from unlabel.config import PretrainConfig
 from unlabel.errors import UserError
 from unlabel.runfolder import RunFolder
@@ -96,13 +97,14 @@ def how_differ(about: dict[str, Any], fingerprint: str, left_out: frozenset[str]
 
 
 def load_images(
-    source: Any, image_size: int, config: PretrainConfig, exclude: frozenset[str], as_it_was: bool = False
+    source: Any, image_size: int, config: PretrainConfig, exclude: frozenset[str], content: str | None = None
 ) -> ImageCache:
     """Rank 0 packs; the others wait and map the same file, or where their node has its own cache, pack there.
 
-    ``as_it_was``: images that were broken then are still left out, though they may have been repaired.
+    ``content`` of a run that was begun: images that were broken then are still left out, though they may have been
+    repaired since.
     """
-    options: dict[str, Any] = {"max_skipped": config.max_skipped, "workers": config.workers, "as_it_was": as_it_was}
+    options: dict[str, Any] = {"max_skipped": config.max_skipped, "workers": config.workers}
     with distributed.in_turn():
         try:
             cache = load_cache(source, image_size, progress=distributed.is_main(), **options)
@@ -112,6 +114,20 @@ def load_images(
             raise
     if exclude:
         cache = cache.subset(np.flatnonzero([h not in exclude for h in cache.hashes]))
+    if content is not None and content_of(cache) != content:
+        before = _skipped_before(config.out)
+        known = [printable(name) in before for name in cache.names]
+        smaller = replace(cache.subset(~np.array(known, bool)), skipped=sorted(before.items()))
+        cache = smaller if content_of(smaller) == content else cache
     if not cache.names:
         raise UserError(f"no usable image in {source.spec}: `unlabel check` says what is there")
     return cache
+
+
+def _skipped_before(out: Path) -> dict[str, str]:
+    """Name and reason of skipped.txt."""
+    try:
+        lines = (out / "skipped.txt").read_text("utf-8", "replace").split("\n")
+    except OSError:
+        return {}
+    return {name: reason for name, tab, reason in (line.partition("\t") for line in lines) if tab}

@@ -7,7 +7,7 @@ import contextlib
 import io
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from unlabel.errors import UserError
@@ -17,6 +17,7 @@ __all__ += ["reaching"]
 
 # Bytes of one request while headers are read: at some 20 ms and 100 MB/s a request, fewer do not make it faster.
 REQUEST = 1 << 20
+WAITS = (0.1, 0.5, 2.0)  # seconds before something is read once more
 _CONFIRM_AFTER = 60.0  # seconds until an object in a store is asked again whether it is still the one that was listed
 # What stores say about the version of an object, in their several spellings.
 _VERSION = {"etag", "generation", "versionid", "md5hash", "content-md5", "digest", "blob_id", "mtime", "created"}
@@ -110,6 +111,18 @@ class Remote(io.RawIOBase):
         return count
 
 
+def patiently(load: Callable[[], bytes]) -> bytes:
+    """What it gives; a store that does not answer, or a disk that fails, may do better a moment later."""
+    for seconds in WAITS:
+        try:
+            return load()
+        except OSError as error:
+            if isinstance(error, Changed | FileNotFoundError | PermissionError):
+                raise
+            time.sleep(seconds)
+    return load()
+
+
 _confirmed: dict[str, float] = {}  # when an object in a store was last known to be the one that was listed
 
 
@@ -132,9 +145,9 @@ def load_range(url: str, size: int, offset: int, count: int, archive: State | No
                 data = b""
             else:
                 _confirmed[url] = time.monotonic()
-    except OSError:
+    except (FileNotFoundError, PermissionError, Changed):
         raise
-    except Exception as error:  # each library has errors of its own
+    except Exception as error:  # each library has errors of its own, and numbers that mean something else
         raise OSError(" ".join(f"{type(error).__name__}: {error}".split())) from None
     if part and archive is None and len(data) == size:
         data = data[:count]  # a server that does not answer requests for a range
