@@ -655,7 +655,7 @@ def _not_images(c: Corpus) -> None:
         "targa.png": b"\0\0\x02" + bytes(9) + struct.pack("<HHBB", 2, 2, 24, 0) + bytes(12),
     }
     for name, data in texts.items():
-        c.add(f"no image: {name}", f"not/{name}", data, reason="not an image|header|damaged")
+        c.add(f"no image: {name}", f"not/{name}", data, reason="not an image|header|damaged|^HEIC")
     c.add("other files", "not/notes.txt", b"notes")
     c.add("other files", "not/README", b"notes")
     c.add("other files", "not/clip.mp4", b"\0\0\0\x18ftypmp42")

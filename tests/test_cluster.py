@@ -93,6 +93,7 @@ def test_a_requeued_job_ends_byte_for_byte_the_same():
     assert "one-requeue: backbone equal" in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="needs bash")
 def test_two_nodes_equal_one_process():
     done = run("bash", SCRIPTS / "two_nodes")

@@ -189,13 +189,12 @@ def test_a_finished_run_may_lie_where_nothing_can_be_written(digits_folder: Path
     assert "finished and verified" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("which", [1, 2])  # of 320, the first is among those by which a cache is found
-def test_a_run_keeps_the_images_that_it_was_begun_with(which: int, digits_folder: Path, tmp_path: Path, monkeypatch):
+def test_a_run_keeps_the_images_that_it_was_begun_with(digits_folder: Path, tmp_path: Path, monkeypatch):
     """One was broken then and is repaired: the run goes on without it, the next one has it."""
     monkeypatch.setenv("UNLABEL_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "data"
     shutil.copytree(digits_folder, data)
-    broken = sorted(data.rglob("*.png"))[which]
+    broken = sorted(data.rglob("*.png"))[1]  # among those that the name of a cache knows
     good = broken.read_bytes()
     broken.write_bytes(bytes(len(good)))
     config = settings(data, tmp_path / "run", "denoising")
