@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,17 @@ from typing import Any
 import numpy as np
 
 from downstream import evaluate as ev
+from downstream.arms import (
+    about_given,
+    arm_name,
+    finished_runs,
+    given_arms,
+    most_seen,
+    pretraining_images,
+    seed_of,
+    seen_by,
+    started_elsewhere,
+)  # fmt: skip
 from downstream.cost import print_cost
 from downstream.gallery import draw_gallery
 from downstream.label_free_table import label_free_rows, tasks_of
@@ -25,8 +36,8 @@ from downstream.summary import summarise
 from pretext import TASKS, load_task
 from unlabel import report
 from unlabel.backbone import build_backbone, load_backbone
-from unlabel.cache import ImageCache, load_cache, write_skipped
-from unlabel.checkpoint import file_sha256, write_atomic
+from unlabel.cache import load_cache, write_skipped
+from unlabel.checkpoint import write_atomic
 from unlabel.config import CompareConfig, EvaluateConfig, FewLabels, PretrainConfig, plain
 from unlabel.distributed import pick_device
 from unlabel.errors import UserError
@@ -36,7 +47,7 @@ from unlabel.plan import EPOCHS, check_settings
 from unlabel.pretrain import pretrain
 from unlabel.runfolder import RunFolder, commit, hardware, versions
 from unlabel.sources import open_source
-from unlabel.start import refuse_addresses, refuse_odd_out, with_excluded
+from unlabel.start import refuse_odd_out
 
 __all__ = ["compare", "evaluate"]
 
@@ -87,24 +98,24 @@ def evaluate(config: EvaluateConfig) -> Path:
     start = start_beside(config.init, *backbone)
     weights = write_given(start, spec.image_size, spec.flip, out / "given")
     pretraining, note = pretraining_images(config.run, about, spec.image_size)
-    given, others, notes = _given(start, weights, spec.image_size, pretraining)
+    given, others, notes = given_arms(start, weights, spec.image_size, pretraining)
     if config.label_free and not has_labels(config):
         config = dataclasses.replace(config, protocol=())
         split = unlabelled_pool(config, spec.image_size, pretraining)
     else:
         split = split_data(config, spec.image_size, pretraining, others)
-    split.warnings.extend(filter(None, [note, _started(config.run), *notes]))
+    split.warnings.extend(filter(None, [note, started_elsewhere(config.run), *notes]))
     if split.seen:
         split.warnings.append(f"{split.seen} test images have a near-duplicate among those that it was pretrained on")
-    arm = ev.Arm(_arm_name(config.run, about), "backbone", (_seed(about),), (config.run,))
+    arm = ev.Arm(arm_name(config.run, about), "backbone", (seed_of(about),), (config.run,))
     arms = _with_controls([arm, *given], config, config.label_free)
     table = _table(config, split, backbone, spec.image_size, out, spec.flip)
     print_cost(table, arms, config.label_free)
-    seen = _most_seen(
-        [_seen(config.run, split.seen), *(_seen(arm.runs[0], split.seen_by.get(arm.name)) for arm in given)]
+    seen = most_seen(
+        [seen_by(config.run, split.seen), *(seen_by(arm.runs[0], split.seen_by.get(arm.name)) for arm in given)]
     )
     origin = {"settings": plain(config), "overlap": {"test_in_pretraining": seen}, "left_out_of_pretraining": 0}
-    origin |= _given_about(start, weights)
+    origin |= about_given(start, weights)
     return _fill_and_report(table, split, arms, 1 + len(given), origin, config.label_free)
 
 
@@ -125,8 +136,8 @@ def compare(config: CompareConfig) -> Path:
         ev.Arm(name, "backbone", seeds, tuple(config.out / "runs" / f"{name}-seed{seed}" for seed in seeds))
         for name in config.tasks
     ]
-    also, others, notes = _finished_runs(config.also, image_size, pretraining)
-    given, more, more_notes = _given(start, weights, image_size, pretraining)
+    also, others, notes = finished_runs(config.also, image_size, pretraining)
+    given, more, more_notes = given_arms(start, weights, image_size, pretraining)
     finished = [*also, *given]
     arms = _with_controls([*tasks, *finished], config, label_free=True)
     split = split_data(config, image_size, pretraining, others | more)
@@ -140,56 +151,10 @@ def compare(config: CompareConfig) -> Path:
             print(f"\n== {arm.name}, seed {seed}")
             pretrain(_pretrain_config(config, arm.name, seed, folder, image_size), exclude=split.pretraining_leaks)
     # Own runs see no test image; those that were given may have.
-    seen = _most_seen([_seen(arm.runs[0], split.seen_by.get(arm.name)) for arm in finished])
-    origin = {"settings": plain(config), "overlap": {"test_in_pretraining": seen}} | _given_about(start, weights)
+    seen = most_seen([seen_by(arm.runs[0], split.seen_by.get(arm.name)) for arm in finished])
+    origin = {"settings": plain(config), "overlap": {"test_in_pretraining": seen}} | about_given(start, weights)
     origin["left_out_of_pretraining"] = len(split.pretraining_leaks)
     return _fill_and_report(table, split, arms, len(tasks) + len(finished), origin, True)
-
-
-def _given(
-    start: Start, weights: Path | None, image_size: int, pretraining: ImageCache | None
-) -> tuple[list[ev.Arm], dict[str, ImageCache], list[str]]:
-    """The weights of --init as they are, as an arm; what they were trained on, where that is known; notes."""
-    if weights is None:
-        return [], {}, []
-    if start.kind != "run":
-        note = f"{start.arm} was trained elsewhere, perhaps with labels, perhaps on test images: that is not known here"
-        return [ev.Arm(start.arm, "backbone", (0,), (weights,))], {}, [note]
-    (arm,), others, notes = _finished_runs([weights], image_size, pretraining)
-    known = {start.arm: others[arm.name]} if others else {}
-    return [dataclasses.replace(arm, name=start.arm)], known, notes
-
-
-def _given_about(start: Start, weights: Path | None) -> dict[str, Any]:
-    """For the provenance: which arm are weights as they were given, and which weights these are."""
-    if weights is None:
-        return {}
-    return {"given": {"arm": start.arm, "init": start.init, "content": file_sha256(weights / "backbone.safetensors")}}
-
-
-def _finished_runs(
-    folders: Sequence[Path], image_size: int, pretraining: ImageCache | None
-) -> tuple[list[ev.Arm], dict[str, ImageCache], list[str]]:
-    """Arms of runs that are finished elsewhere; the images that they were trained on, where those are others; notes."""
-    arms, others, notes = [], {}, []
-    for folder in folders:
-        load_backbone(folder)
-        run = RunFolder(folder)
-        about = run.read() or {}
-        if about:
-            run.finished()
-        arms.append(ev.Arm(folder.resolve().name, "backbone", (_seed(about),), (folder,)))
-        images, note = pretraining_images(folder, about, image_size)
-        notes += [f"{folder.name}: {text}" for text in (note, _started(folder)) if text]
-        if images is not None:  # the same images need no second look
-            seen = [c for c in (pretraining, *others.values()) if c is not None]
-            known = next((c for c in seen if c.hashes == images.hashes), images)
-            others[folder.resolve().name] = known
-    return arms, others, notes
-
-
-def _seed(about: Mapping[str, Any]) -> int:
-    return int(about.get("settings", {}).get("seed", 0))
 
 
 def _pretrain_config(config: CompareConfig, name: str, seed: int, out: Path, image_size: int | None) -> PretrainConfig:
@@ -236,49 +201,6 @@ def _with_controls(arms: list[ev.Arm], config: FewLabels, label_free: bool) -> l
     if twice:
         raise UserError(f"two arms are called {twice[0]!r} (tasks, --also folders and controls): rename a folder")
     return arms
-
-
-def pretraining_images(run: Path, about: dict[str, Any], image_size: int) -> tuple[ImageCache | None, str | None]:
-    """What a run was trained on, if it is still where it was; else a note that says so."""
-    spec = about.get("data", {}).get("spec")
-    try:
-        if not spec:
-            raise UserError("the run does not name its data")
-        refuse_addresses(spec)
-        source = open_source(spec)
-        gone = RunFolder(run).left_out()
-        if with_excluded(source.fingerprint, gone) != about.get("fingerprint"):
-            raise UserError(f"{source.spec} has changed since")
-        cache = load_cache(source, image_size, max_skipped=1.0)
-    except UserError as error:
-        return (
-            None,
-            f"the pretraining images are not at hand, so overlap with the test set was not looked for ({error})",
-        )
-    return cache.subset(np.flatnonzero([h not in gone for h in cache.hashes])), None
-
-
-def _started(run: Path) -> str | None:
-    """A note on a run that began with other weights: what those had seen is not in its folder."""
-    about = RunFolder(run).read() or {}
-    if about.get("settings", {}).get("init") is None:
-        return None
-    return f"it began with other weights ({about.get('free', {}).get('init')}), which may have seen test images"
-
-
-def _seen(run: Path, count: int | None) -> int | None:
-    """How many test images a run has seen, by its own images; None where that is not known."""
-    return count or (None if _started(run) else count)
-
-
-def _most_seen(counts: Sequence[int | None]) -> int | None:
-    known = [n for n in counts if n is not None]
-    return max(known, default=0) or (0 if len(known) == len(counts) else None)
-
-
-def _arm_name(run: Path, about: dict[str, Any]) -> str:
-    tasks = about.get("settings", {}).get("tasks")
-    return "+".join(tasks) if tasks else run.resolve().name
 
 
 # ---- Filling the table and writing it down

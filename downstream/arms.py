@@ -1,0 +1,112 @@
+"""Runs and weights that are given, as arms of a table; and what images they had seen before, as far as it is known."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from downstream import evaluate as ev
+from unlabel.backbone import load_backbone
+from unlabel.cache import ImageCache, load_cache
+from unlabel.checkpoint import file_sha256
+from unlabel.errors import UserError
+from unlabel.init import Start
+from unlabel.runfolder import RunFolder
+from unlabel.sources import open_source
+from unlabel.start import refuse_addresses, with_excluded
+
+__all__ = ["about_given", "arm_name", "finished_runs", "given_arms", "most_seen", "pretraining_images", "seed_of"]
+__all__ += ["seen_by", "started_elsewhere"]
+
+
+def arm_name(run: Path, about: dict[str, Any]) -> str:
+    tasks = about.get("settings", {}).get("tasks")
+    return "+".join(tasks) if tasks else run.resolve().name
+
+
+def seed_of(about: Mapping[str, Any]) -> int:
+    return int(about.get("settings", {}).get("seed", 0))
+
+
+def finished_runs(
+    folders: Sequence[Path], image_size: int, pretraining: ImageCache | None
+) -> tuple[list[ev.Arm], dict[str, ImageCache], list[str]]:
+    """Arms of runs that are finished elsewhere; the images that they were trained on, where those are others; notes."""
+    arms, others, notes = [], {}, []
+    for folder in folders:
+        load_backbone(folder)
+        run = RunFolder(folder)
+        about = run.read() or {}
+        if about:
+            run.finished()
+        arms.append(ev.Arm(folder.resolve().name, "backbone", (seed_of(about),), (folder,)))
+        images, note = pretraining_images(folder, about, image_size)
+        notes += [f"{folder.name}: {text}" for text in (note, started_elsewhere(folder)) if text]
+        if images is not None:  # the same images need no second look
+            seen = [c for c in (pretraining, *others.values()) if c is not None]
+            known = next((c for c in seen if c.hashes == images.hashes), images)
+            others[folder.resolve().name] = known
+    return arms, others, notes
+
+
+def given_arms(
+    start: Start, weights: Path | None, image_size: int, pretraining: ImageCache | None
+) -> tuple[list[ev.Arm], dict[str, ImageCache], list[str]]:
+    """The weights of --init as they are, as an arm; what they were trained on, where that is known; notes."""
+    if weights is None:
+        return [], {}, []
+    if start.kind != "run":
+        note = f"{start.arm} was trained elsewhere, perhaps with labels, perhaps on test images: that is not known here"
+        return [ev.Arm(start.arm, "backbone", (0,), (weights,))], {}, [note]
+    (arm,), others, notes = finished_runs([weights], image_size, pretraining)
+    known = {start.arm: others[arm.name]} if others else {}
+    return [dataclasses.replace(arm, name=start.arm)], known, notes
+
+
+def about_given(start: Start, weights: Path | None) -> dict[str, Any]:
+    """For the provenance: which arm are weights as they were given, and which weights these are."""
+    if weights is None:
+        return {}
+    return {"given": {"arm": start.arm, "init": start.init, "content": file_sha256(weights / "backbone.safetensors")}}
+
+
+def pretraining_images(run: Path, about: dict[str, Any], image_size: int) -> tuple[ImageCache | None, str | None]:
+    """What a run was trained on, if it is still where it was; else a note that says so."""
+    spec = about.get("data", {}).get("spec")
+    try:
+        if not spec:
+            raise UserError("the run does not name its data")
+        refuse_addresses(spec)
+        source = open_source(spec)
+        gone = RunFolder(run).left_out()
+        if with_excluded(source.fingerprint, gone) != about.get("fingerprint"):
+            raise UserError(f"{source.spec} has changed since")
+        cache = load_cache(source, image_size, max_skipped=1.0)
+    except UserError as error:
+        return (
+            None,
+            f"the pretraining images are not at hand, so overlap with the test set was not looked for ({error})",
+        )
+    return cache.subset(np.flatnonzero([h not in gone for h in cache.hashes])), None
+
+
+def started_elsewhere(run: Path) -> str | None:
+    """A note on a run that began with other weights: what those had seen is not in its folder."""
+    about = RunFolder(run).read() or {}
+    if about.get("settings", {}).get("init") is None:
+        return None
+    return f"it began with other weights ({about.get('free', {}).get('init')}), which may have seen test images"
+
+
+def seen_by(run: Path, count: int | None) -> int | None:
+    """How many test images a run has seen, by its own images; None where that is not known."""
+    return count or (None if started_elsewhere(run) else count)
+
+
+def most_seen(counts: Sequence[int | None]) -> int | None:
+    known = [n for n in counts if n is not None]
+    return max(known, default=0) or (0 if len(known) == len(counts) else None)
