@@ -12,8 +12,9 @@ pretrain`):
         --image-size 32 --stem half --out runs/study-cifar10 --rows results/label_free_cifar10
     python scripts/label_free_study.py judge --rows results/label_free_cifar10
 
-Cost: 48 × 5 minutes of pretraining and 48 × about 3 of measuring, on one core with bf16 each. What is measured of a run
-lies in results/label_free/ and is not done again, so that it can be run over several days, or by several such machines.
+Cost: 48 × 5 minutes of pretraining and 48 × 3 to 5 of measuring, on one core with bf16 each. What is measured of a run
+lies in results/label_free/ and is not done again, so that it can be run over several days, or by several machines: the
+first run of a task in each of its two ways has the minutes, the others see as many images as that one.
 The photos are split by `scripts/cats_vs_dogs.py split`; the truth is asked of the development photos, and no test photo
 is read by it.
 """
@@ -109,7 +110,8 @@ def run_all(args: argparse.Namespace) -> None:
     for run in list(runs())[args.share]:
         if not (args.rows / f"{run.name}.json").exists():
             folder = args.out / run.name
-            command(*pretraining(run, folder, args))
+            measured = [json.loads(p.read_text()) for p in sorted(args.rows.glob("*.json"))]
+            command(*pretraining(run, folder, args, budget(run, measured)))
             row = measure(run, folder, args.train, args.test) | way
             row |= {"hardware": hardware(), "commit": commit()}
             write_atomic(args.rows / f"{run.name}.json", (json.dumps(row, indent=1) + "\n").encode())
@@ -126,11 +128,18 @@ def command(*words: str) -> None:
         raise SystemExit(code)
 
 
-def pretraining(run: Run, folder: Path, args: argparse.Namespace) -> list[str]:
+def budget(run: Run, measured: list[dict[str, Any]]) -> list[str]:
+    """As many images as the runs before it of the same task and way have seen, on whatever machine; without one,
+    minutes."""
+    alike = [row for row in measured if (row["task"], row["way"]) == (run.task, run.flags[0]) and "passes" in row]
+    return ["--epochs", repr(alike[0]["passes"])] if alike else ["--minutes", str(MINUTES)]
+
+
+def pretraining(run: Run, folder: Path, args: argparse.Namespace, until: list[str]) -> list[str]:
     """The words of its command."""
     own = [word for flag in run.flags for word in flag.split()]
     words = ["pretrain", run.task, *args.flags, "--data", args.data, "--out", str(folder)]
-    words += ["--image-size", str(args.image_size), "--minutes", str(MINUTES), "--seed", str(run.seed)]
+    words += ["--image-size", str(args.image_size), *until, "--seed", str(run.seed)]
     return [*words, *own]  # the last of two of a kind counts: the plan's
 
 
@@ -172,6 +181,7 @@ def row_of(run: Run, folder: Path, results: dict[str, Any]) -> dict[str, Any]:
         "name": run.name, "task": run.task, "way": run.flags[0], "flags": list(run.flags),
         "scores": scores_of(results, run.task), "accuracy": accuracies(results, run.task),
         "images_seen": about["finished"]["images_seen"], "final_loss": lines[-1]["loss"],
+        "passes": about["finished"]["images_seen"] / about["data"]["images"],
         "images": about["data"]["content"],  # a hash of those that it was pretrained on
         **({"random": random} if random["scores"] else {}),
     }  # fmt: skip

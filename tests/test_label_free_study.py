@@ -174,7 +174,8 @@ def test_the_pretext_metric_is_compared_with_runs_that_are_set_alike():
 def test_a_row_turns_every_score_the_way_that_is_thought_better(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"loss": 2.0}\n{"loss": 1.5}\n')
     done = {"images_seen": 7, "steps": 1, "seconds": 1, "backbone_sha256": ""}
-    about = {"settings": {}, "resolved": {}, "fingerprint": "", "finished": done, "data": {"content": "abc"}}
+    data = {"content": "abc", "images": 14}
+    about = {"settings": {}, "resolved": {}, "fingerprint": "", "finished": done, "data": data}
     (tmp_path / "config.json").write_text(json.dumps(about))
     run = next(r for r in study.runs() if r.task == "denoising")
 
@@ -192,7 +193,7 @@ def test_a_row_turns_every_score_the_way_that_is_thought_better(tmp_path: Path):
     assert row["accuracy"] == {"10": [0.6, 0.62], "50": [0.7]}
     assert row["random"]["scores"] == pytest.approx({"alpha_req": -0.2, "rankme": 8.0})
     assert row["random"]["accuracy"] == {"10": [0.5], "50": []}
-    assert (row["images_seen"], row["final_loss"], row["images"]) == (7, 1.5, "abc")
+    assert (row["images_seen"], row["passes"], row["final_loss"], row["images"]) == (7, 0.5, 1.5, "abc")
     alone = study.row_of(run, tmp_path, {"label_free": scores, "rows": accuracy})
     assert "random" not in alone
 
@@ -268,6 +269,22 @@ def test_runs_are_pretrained_and_measured_once(digits_folder: Path, tmp_path: Pa
     monkeypatch.setattr(study, "command", lambda *_: pytest.fail("what is measured is not run again"))
     args.share = study.share("0/1")
     study.run_all(args)
+
+
+def test_runs_that_are_set_alike_see_as_many_images():
+    all_runs = {r.name: r for r in study.runs()}
+    timed = ["--minutes", str(study.MINUTES)]
+    # The first of each way comes before all others, so that these twelve have the minutes, and nothing else has.
+    known: list[dict] = []
+    for k, run in enumerate(all_runs.values()):
+        until = study.budget(run, known)
+        assert (until == timed) == (k < 12)
+        known.append({"task": run.task, "way": run.flags[0], "passes": 0.1 + k if k < 12 else float(until[1])})
+    given = {r.name: row["passes"] for r, row in zip(all_runs.values(), known, strict=True)}
+    for task in study.TASKS:
+        assert given[f"{task}-011"] == given[f"{task}-000"] != given[f"{task}-111"] == given[f"{task}-100"]
+    older = [{"task": "rotation", "way": all_runs["rotation-000"].flags[0]}]  # rows of before do not say
+    assert study.budget(all_runs["rotation-011"], older) == timed
 
 
 def test_words_that_judging_does_not_know(
