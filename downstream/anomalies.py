@@ -35,7 +35,7 @@ from unlabel.cache import ImageCache, evenly_spaced, load_cache, printable
 from unlabel.checkpoint import write_atomic
 from unlabel.config import AnomaliesConfig
 from unlabel.distributed import pick_device
-from unlabel.duplicates import clusters
+from unlabel.duplicates import known_among
 from unlabel.errors import UserError
 from unlabel.page import figure, write_page
 from unlabel.pictures import sheet, write_png
@@ -133,7 +133,7 @@ def anomalies(config: AnomaliesConfig, load: Load) -> Path:
     if config.test:
         test = load_cache(open_source(config.test, config.labels), size, max_skipped=config.max_skipped)
     strange = _strange(config, test)
-    known = _known(normal, test) if config.test else 0
+    known = known_among(normal, test) if config.test else 0
     if known:
         what = f"{known} --test images are near-duplicates of --data images"
         print(f"note: {what}, and look normal for that reason alone")
@@ -159,12 +159,6 @@ def anomalies(config: AnomaliesConfig, load: Load) -> Path:
         print(f"{name:<14} AUROC {values['auroc']:.3f}  average precision {values['average_precision']:.3f}")
     print(f"{out / 'anomalies.csv'}: {len(test):,} images, strangest first; open {_page(out, picture, found, first)}")
     return out
-
-
-def _known(normal: ImageCache, test: ImageCache) -> int:
-    """How many of the test images the network, or the distances, may know."""
-    there, here = clusters([normal, test])
-    return int(np.isin(here, there).sum())
 
 
 def _strange(config: AnomaliesConfig, test: ImageCache) -> np.ndarray | None:

@@ -25,6 +25,7 @@ from unlabel.cache import ImageCache, evenly_spaced, load_cache, printable
 from unlabel.checkpoint import write_atomic
 from unlabel.config import CompressConfig
 from unlabel.distributed import pick_device
+from unlabel.duplicates import known_among
 from unlabel.errors import UserError
 from unlabel.page import figure, write_page
 from unlabel.pictures import sheet, to_uint8, write_png
@@ -109,6 +110,7 @@ def compress(config: CompressConfig, load: Load) -> Path:
     size = next(iter(tasks.values())).backbone.spec.image_size
     train = load_cache(open_source(config.train or data_of(config.runs[0])), size, max_skipped=config.max_skipped)
     test = load_cache(open_source(config.data), size, max_skipped=config.max_skipped)
+    known = known_among(train, test)
     channels = 1 if is_grey(train.images) and is_grey(test.images) else 3
     room = ROOM // (channels * size**2)
     train, test = (c.subset(evenly_spaced(len(c), room)) for c in (train, test))
@@ -121,6 +123,7 @@ def compress(config: CompressConfig, load: Load) -> Path:
         "pixels": size * size,
         "channels": channels,
         "fitted_on": len(train),
+        "known": known,  # of all images, those with a near-duplicate among all that it was trained on
         "points": points,
         "runs": {run.resolve().name: _about(run) for run in config.runs},
         "hardware": hardware(),
@@ -132,6 +135,8 @@ def compress(config: CompressConfig, load: Load) -> Path:
     page = _page(out, about, write_png(out / "examples.png", sheet(pictures)), list(painted))
     for name, reason in test.skipped:
         print(f"skipped {printable(name)}: {reason}")
+    if known:
+        print(f"note: {_known(about)}")
     for p in points:
         bits = "".join(f"  {r['bits_per_pixel']:.3f}: {r['error']:.2f}" for r in p["rates"])
         print(
@@ -205,6 +210,11 @@ def _point(name: str, numbers: int, error: float, found: list[Rate]) -> dict[str
     return {"name": name, "numbers": numbers, "error": error, "rates": [vars(r) for r in found]}
 
 
+def _known(about: dict[str, Any]) -> str:
+    what = f"{about['known']:,} --data images are near-duplicates of images that codes and components were fitted to"
+    return f"{what}: of new ones, more would be lost"
+
+
 def _page(out: Path, about: dict[str, Any], examples: Path, rows: list[str]) -> Path:
     points = about["points"]
     names = list(dict.fromkeys(p["name"] for p in points))
@@ -239,7 +249,8 @@ def _page(out: Path, about: dict[str, Any], examples: Path, rows: list[str]) -> 
     intro = (
         f"<p>{about['images']:,} images of {about['pixels']:,} pixels. Squared error of an image in [0, 1], summed "
         f"over its pixels{'' if about['channels'] == 1 else ', the mean of three channels'}. Principal components of "
-        f"{about['fitted_on']:,} images. Bits: what an entropy coder needs for the rounded code.</p>"
+        f"{about['fitted_on']:,} images. Bits: what an entropy coder needs for the rounded code."
+        f"{f' {_known(about)}.' if about['known'] else ''}</p>"
     )
     examples_ = figure(examples, f"From top to bottom: {', '.join(rows)}.")
     sections = ["<h1>What a code keeps</h1>", intro, html_figure(panels), examples_, errors, bits]

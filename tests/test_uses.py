@@ -136,8 +136,12 @@ def test_compress_writes_what_scikit_learn_says(runs, digits_folder: Path, tmp_p
     assert list(bits) == sorted(bits)
     assert errors[0] > errors[-1]
     assert errors[-1] == pytest.approx(own["error"], rel=0.02)
-    assert "PCA" in capsys.readouterr().out
-    assert (tmp_path / "compression.html").read_text().count("<svg") >= 2
+    printed, page = capsys.readouterr().out, (tmp_path / "compression.html").read_text()
+    assert "PCA" in printed
+    assert page.count("<svg") >= 2
+    assert found["known"] == len(cache)  # it was trained on these very images
+    assert f"note: {len(cache):,} --data images are near-duplicates" in printed
+    assert f"{len(cache):,} --data images are near-duplicates" in page
 
 
 # ---------------------------------------------------------------- anomalies

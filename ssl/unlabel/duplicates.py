@@ -60,6 +60,12 @@ def clusters(caches: Sequence[ImageCache]) -> list[np.ndarray]:
     return np.split(numbers, np.cumsum([len(cache) for cache in caches])[:-1])
 
 
+def known_among(known: ImageCache, new: ImageCache) -> int:
+    """How many of the ``new`` images have a near-duplicate among the ``known`` ones."""
+    there, here = clusters([known, new])
+    return int(np.isin(here, there).sum())
+
+
 def content_split(cache: ImageCache, clusters: np.ndarray, fraction: float = 0.2) -> np.ndarray:
     """Test set (N,) bool: about `fraction` of each class, whole clusters, chosen by the hash of their content.
 

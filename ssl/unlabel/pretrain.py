@@ -37,13 +37,13 @@ from unlabel.sources import open_source
 from unlabel.start import (
     content_of,
     how_differ,
-    kept,
     load_images,
     load_weights_of,
     newest_state,
     refuse_odd_out,
     refuse_other_content,
     refuse_other_side,
+    sealed,
     with_excluded,
 )
 
@@ -81,7 +81,7 @@ def pretrain(config: PretrainConfig, exclude: frozenset[str] = frozenset()) -> P
         keep_freed_memory()
     distributed.start(device, config.rank_timeout)
     with (
-        checkpoint.lock(config.out) if distributed.is_main() and not kept(config.out) else contextlib.nullcontext(),
+        checkpoint.lock(config.out) if distributed.is_main() and not sealed(config.out) else contextlib.nullcontext(),
         distributed.naming_the_missing(),
     ):
         return _pretrain(config, device, exclude)

@@ -84,7 +84,7 @@ def with_excluded(fingerprint: str, exclude: frozenset[str]) -> str:
     return hashlib.sha256(json.dumps([fingerprint, sorted(exclude)]).encode()).hexdigest()
 
 
-def kept(out: Path) -> bool:
+def sealed(out: Path) -> bool:
     """Whether a finished run lies where nothing can be written, and nothing need be."""
     return out.is_dir() and not os.access(out, os.W_OK) and "finished" in (RunFolder(out).read() or {})
 
