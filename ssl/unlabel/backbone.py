@@ -302,7 +302,7 @@ def build_described(spec: Spec, weights: Path) -> Backbone:
         with torch.device("meta"):
             empty = make_mlp(spec.name, spec.image_size) if is_mlp(spec.name) else timm_network(spec)
         need = 4 * sum(t.numel() for t in empty.state_dict().values())
-    except (NotImplementedError, RuntimeError):  # a network that computes with its weights while it is built
+    except (NotImplementedError, RuntimeError, UserError):  # it computes with its weights while it is built
         need = 0
     if need > min(MAX_BYTES, 4 * size + (1 << 20)):  # the changed stem may be smaller
         raise UserError(f"{weights} holds {size:,} bytes and {spec.name} needs {need:,}: they do not belong together")

@@ -68,6 +68,8 @@ def start(device: torch.device, minutes: float = 30.0) -> None:
 
 def stop() -> None:
     if dist.is_initialized():
+        # torch 2.6 joins Gloo's thread with Python's lock held, which that thread may need to let go of a tensor.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 
