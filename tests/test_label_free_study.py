@@ -230,7 +230,8 @@ def test_few_labels_are_judged_by_the_other_half(digits_folder: Path, tmp_path: 
 
 
 def test_runs_are_pretrained_and_measured_once(digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    some = [r for r in study.runs() if r.name in ("rotation-000", "inpainting-111")]
+    everything = list(study.runs())
+    some = [r for r in everything if r.name in ("rotation-000", "inpainting-111")]
     for name, value in {"runs": lambda: iter(some), "MINUTES": 0.01, "COUNTS": (2, 5), "DRAWS": 2,
                         "PICK_DRAWS": 4}.items():  # fmt: skip
         monkeypatch.setattr(study, name, value)
@@ -265,6 +266,17 @@ def test_runs_are_pretrained_and_measured_once(digits_folder: Path, tmp_path: Pa
     with pytest.raises(SystemExit, match="other flags"):
         study.run_all(args)
     args.flags = ["--stem", "timm"]
+
+    class Asked(Exception): ...
+
+    def asked(*words: str) -> None:
+        raise Asked(words)
+
+    with monkeypatch.context() as here:  # another run of a way that is measured
+        here.setattr(study, "runs", lambda: (r for r in everything if r.name == "rotation-011"))
+        here.setattr(study, "command", asked)
+        with pytest.raises(Asked, match=f"'--epochs', '{rows['rotation-000']['passes']!r}'"):
+            study.run_all(args)
 
     monkeypatch.setattr(study, "command", lambda *_: pytest.fail("what is measured is not run again"))
     args.share = study.share("0/1")
