@@ -28,6 +28,8 @@ from unlabel.cli import main
 from unlabel.config import EvaluateConfig
 from unlabel.draws import Draws
 from unlabel.report import format_label_free, write_report
+from unlabel.report_html import typeset
+from unlabel.report_label_free import choice
 from unlabel.sources import open_source
 
 SIZE = 16
@@ -490,6 +492,36 @@ def test_table_has_a_line_per_arm_and_means_over_seeds():
     assert "t/<i> 0.75 (0.25)" in text
     assert text.isascii()
     assert format_label_free({}) == format_label_free({"label_free": []}) == ""
+
+
+@pytest.mark.parametrize(
+    ("probes", "said"),
+    [
+        (
+            {"rotation": 0.4, "inpainting": 0.3, "random": 0.2},
+            "rotation would be chosen: jigsaw probe 40.0 % (the next",
+        ),
+        ({"rotation": 0.3, "jigsaw": None, "inpainting": 0.4}, "inpainting would be chosen"),
+        ({"denoising": 0.1, "inpainting": 0.2, "random": 0.2}, "none would be chosen"),
+        ({"rotation": 0.3, "jigsaw": None, "random": 0.2}, ""),
+        ({"inpainting": 0.3, "random": 0.2, "patches": 0.6}, ""),
+    ],
+)
+def test_which_arm_would_be_chosen(probes: dict[str, float | None], said: str, tmp_path: Path):
+    rows = [
+        {"arm": arm, "seed": seed, "score": score, "value": value}
+        for arm, probe in probes.items()
+        for seed in (0, 1)
+        for score, value in (("rankme", 9.0), ("jigsaw_probe", probe and round(probe + (-0.01, 0.01)[seed], 2)))
+    ]
+    results = {"schema": 1, "rows": [], "summary": [], "label_free": rows}
+    text = choice(results)
+    assert text.startswith(f"Without labels, {said}" if said else "")
+    assert bool(text) == bool(said)
+    assert text in format_label_free(results)
+    assert ("Not asked, since trained for it: jigsaw." in text) == ("jigsaw" in probes and bool(said))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert typeset(text) in write_report(tmp_path).read_text()
 
 
 def test_page_shows_them_and_how_to_read_each(tmp_path: Path):
