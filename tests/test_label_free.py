@@ -519,7 +519,7 @@ def test_which_arm_would_be_chosen(probes: dict[str, float | None], said: str, t
     assert text.startswith(f"Without labels, {said}" if said else "")
     assert bool(text) == bool(said)
     assert text in format_label_free(results)
-    assert ("Not asked, since trained for it: jigsaw." in text) == ("jigsaw" in probes and bool(said))
+    assert ("Without a jigsaw probe, and so left out: jigsaw." in text) == ("jigsaw" in probes and bool(said))
     (tmp_path / "results.json").write_text(json.dumps(results))
     assert typeset(text) in write_report(tmp_path).read_text()
 

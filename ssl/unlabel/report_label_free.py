@@ -98,7 +98,7 @@ def choice(results: dict[str, Any]) -> str:
     (first, best), (_, second), *_ = sorted(values.items(), key=lambda pair: -pair[1])
     random = _mean(rows, "random", "jigsaw_probe")
     missing = [arm for arm in arms if arm not in values]
-    left_out = f" Not asked, since trained for it: {', '.join(missing)}." if missing else ""
+    left_out = f" Without a jigsaw probe, and so left out: {', '.join(missing)}." if missing else ""
     if random is not None and random >= best:
         return f"Without labels, none would be chosen: by the jigsaw probe, random weights are as good.{left_out}"
     over = f"{best:.1f} % (the next {second:.1f}{'' if random is None else f', random weights {random:.1f}'})"
