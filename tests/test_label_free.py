@@ -29,9 +29,10 @@ from unlabel.config import EvaluateConfig
 from unlabel.draws import Draws
 from unlabel.report import format_label_free, write_report
 from unlabel.report_html import typeset
-from unlabel.report_label_free import choice
+from unlabel.report_label_free import _STUDY, choice
 from unlabel.sources import open_source
 
+ROOT = Path(__file__).parents[1]
 SIZE = 16
 
 
@@ -522,6 +523,22 @@ def test_which_arm_would_be_chosen(probes: dict[str, float | None], said: str, t
     assert ("Without a jigsaw probe, and so left out: jigsaw." in text) == ("jigsaw" in probes and bool(said))
     (tmp_path / "results.json").write_text(json.dumps(results))
     assert typeset(text) in write_report(tmp_path).read_text()
+
+
+def test_how_far_to_trust_the_choice_is_what_the_studies_found():
+    studies = [
+        json.loads((ROOT / "results" / f"{name}.json").read_text())["judged"]
+        for name in ("label_free", "label_free_cifar10")
+    ]
+    jigsaw = [{count: study[count]["scores"]["jigsaw_probe"] for count in ("10", "50")} for study in studies]
+    a, b = (probe["50"] for probe in jigsaw)
+    assert f"rho {a['rho_across']:.2f} and {b['rho_across']:.2f})" in _STUDY
+    assert f"its pick was {a['regret']:.1f} and {b['regret']:.1f} points below the best run" in _STUDY
+    assert "a random one {:.1f} and {:.1f}".format(*(study["50"]["random_pick"] for study in studies)) in _STUDY
+    assert [study["50"]["winner"] for study in studies] == ["rotation_probe", None]
+    # Within a task an interval above zero, of both at 10 labels per class, of the first only at 50.
+    holds = [[probe[count]["tau_interval"][0] > 0 for probe in jigsaw] for count in ("10", "50")]
+    assert holds == [[True, True], [True, False]]
 
 
 def test_page_shows_them_and_how_to_read_each(tmp_path: Path):

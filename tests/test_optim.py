@@ -16,7 +16,7 @@ from unlabel.backbone import channels_last
 from unlabel.config import PretrainConfig
 from unlabel.muon import Muon, orthogonal
 from unlabel.optim import make_optimizers, rate_at, set_rates, size_at, size_factor, sizes
-from unlabel.precision import autocast
+from unlabel.precision import _cpu_is_fast, autocast
 from unlabel.pretrain import pretrain
 
 
@@ -139,6 +139,19 @@ def test_bf16_in_the_loop(digits_folder: Path, tmp_path: Path):
     assert json.loads((run / "config.json").read_text())["resolved"]["precision"] == "bf16"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "fast"),
+    [
+        ("AuthenticAMD", "avx2 avx512f avx512_bf16 avx512_vnni", True),
+        ("AuthenticAMD", "avx2 avx512f avx512_vnni", False),
+        ("GenuineIntel", "avx512f avx512_bf16 avx512_fp16", False),
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile", True),
+    ],
+)
+def test_on_which_processors_bf16_pays(vendor: str, flags: str, fast: bool):
+    assert _cpu_is_fast(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n") is fast
 
 
 @pytest.mark.parametrize(("kernel", "stride", "side"), [(3, 2, 1), (5, 1, 1), (7, 1, 2), (7, 1, 16)])
