@@ -70,6 +70,7 @@ class Contractive(Autoencoder):
 
     Config = Config
     metrics = {"error": "min", "sensitivity": "min"}  # noqa: RUF012
+    compiles = False
     config: Config
 
     def __init__(self, backbone: Backbone, config: Config) -> None:

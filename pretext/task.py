@@ -57,6 +57,7 @@ class PretextTask(nn.Module):
     phases: int = 1  # > 1 is not summed with other tasks
     mirrors: ClassVar[bool] = True  # whether the loop may show mirror images; not where they have another answer
     across: ClassVar[bool] = False  # whether the loss compares images: through ``unlabel.distributed.gathered``
+    compiles: ClassVar[bool] = True  # whether --compile works: not with second derivatives
     sees: ClassVar[Literal["RGB", "grey"]] = "RGB"  # what the backbone is shown in pretraining; downstream shows RGB
 
     def __init__(self, backbone: Backbone, config: Any) -> None:

@@ -399,6 +399,31 @@ def test_errors_of_the_command_line(compared: Path, digits_folder: Path, tmp_pat
         assert "Traceback" not in errors
 
 
+def test_compare_with_nothing_but_test_images_to_pretrain_on(digits_folder: Path, tmp_path: Path, capsys):
+    for label in "0123":
+        (tmp_path / "test" / label).mkdir(parents=True)
+        (tmp_path / "train" / label).mkdir(parents=True)
+        for k, path in enumerate(sorted((digits_folder / label).iterdir())):
+            shutil.copy(path, tmp_path / ("test" if k % 4 == 0 else "train") / label)
+    command = compare_command(tmp_path / "test", tmp_path / "out")
+    command[command.index("--train") + 1] = str(tmp_path / "train")
+    assert main([*command, "--test", str(tmp_path / "test")]) == 2
+    assert "every image of --data is a test image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare"])
+def test_several_processes_do_not_evaluate(
+    command: str, compared: Path, digits_folder: Path, tmp_path: Path, monkeypatch, capsys
+):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    words = compare_command(digits_folder, tmp_path)
+    if command == "evaluate":
+        words = ["evaluate", str(compared / "runs" / "rotation-seed0"), "--train", str(digits_folder)]
+    assert main(words) == 2
+    assert "evaluate and compare run in one process" in capsys.readouterr().err
+
+
 def test_statistics_and_controls_see_no_test_image(digits_folder: Path, tmp_path: Path):
     cache = load_cache(open_source(str(digits_folder)), 32)
     config = EvaluateConfig(run=tmp_path, train=str(digits_folder))

@@ -271,6 +271,16 @@ def test_damaged_checkpoints(digits_folder: Path, tmp_path: Path, monkeypatch, c
         pretrain(other)
 
 
+def test_a_damaged_checkpoint_takes_no_place(tmp_path: Path):
+    state = {"model": {}, "optimizers": [], "step": 0, "seconds": 0.0, "phase": 0, "sums": {}, "summed": 0}
+    for step in (100, 200):
+        checkpoint.save(tmp_path, step, state)
+    (tmp_path / "step-000000200.pt").write_bytes(b"damaged")
+    for step in (110, 120):  # from 100 on
+        checkpoint.save(tmp_path, step, state)
+        assert [p.stem[-3:] for p in sorted(tmp_path.glob("*.pt"))] == [str(step - 10), str(step)]
+
+
 def test_a_hostile_checkpoint_runs_no_code(tmp_path: Path):
     class Payload:
         def __reduce__(self):
@@ -443,9 +453,56 @@ def test_init_takes_an_unfinished_run_too(digits_folder: Path, tmp_path: Path, m
     found = load_file(pretrain(still) / "backbone.safetensors")
     want = state["model"]["backbone.model.layer1.0.conv1.weight"]
     assert torch.allclose(found["layer1.0.conv1.weight"], want, atol=1e-6)
+    newest = checkpoint.newest(config.out / "checkpoints")
+    assert newest is not None
+    about = json.loads((still.out / "config.json").read_text())
+    assert about["settings"]["init"] == f"checkpoint of died {checkpoint.file_sha256(newest)}"
     other = settings(digits_folder, tmp_path / "other", "rotation", init=config.out, backbone="convnext_atto")
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match=r"--init .*died: .* do not fit .* give the --backbone"):
         pretrain(other)
+
+
+def test_a_run_that_began_from_an_unfinished_one_goes_on_from_that_one_only(
+    digits_folder: Path, tmp_path: Path, monkeypatch
+):
+    source = settings(digits_folder, tmp_path / "source", "rotation")
+    killed_at(monkeypatch, source, saves=1)
+    fresh, begun = (settings(digits_folder, tmp_path / n, "rotation", init=source.out) for n in ("fresh", "begun"))
+    killed_at(monkeypatch, fresh, saves=0)
+    killed_at(monkeypatch, begun, saves=1)
+    moved, other = (shutil.copytree(source.out, tmp_path / name) for name in ("moved", "other"))
+    newest = checkpoint.newest(other / "checkpoints")
+    assert newest is not None
+    newest.write_bytes(newest.read_bytes() + b"x")
+    with pytest.raises(UserError, match="init was 'checkpoint of source"):
+        pretrain(dataclasses.replace(begun, init=other))
+    pretrain(source)  # it has other weights now: only `begun`, which has a checkpoint of its own, can go on from it
+    with pytest.raises(UserError, match="init was 'checkpoint of source"):
+        pretrain(fresh)
+    killed_at(monkeypatch, dataclasses.replace(fresh, init=moved), saves=1)  # what it was to begin from
+    assert pretrain(fresh) == fresh.out
+    assert pretrain(begun) == begun.out
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "message"),
+    [
+        ("rotation", {"task_settings": {"rotation": {"jitter": 2.0}}}, "jitter"),
+        ("rotation", {"accumulate": 3}, "not a multiple of the 1 processes times --accumulate 3"),
+        ("rotation", {"init": "RUN"}, "do not fit this backbone"),
+        ("contractive", {"compile": True}, "--compile does not work with contractive"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_pixel_is_decoded(
+    task: str, more: dict, message: str, digits_folder: Path, tmp_path: Path, monkeypatch
+):
+    save_backbone(build_backbone("resnet10t", 32), tmp_path / "other")
+    monkeypatch.setenv("UNLABEL_CACHE", str(tmp_path / "cache"))
+    more = {k: tmp_path / "other" if v == "RUN" else v for k, v in more.items()}
+    with pytest.raises(UserError, match=message):
+        pretrain(settings(digits_folder, tmp_path / "run", task, **more))
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_minutes_become_steps_and_are_kept(digits_folder: Path, tmp_path: Path, monkeypatch, capsys):

@@ -37,7 +37,7 @@ def make_folder(root: Path, tree: dict[str, bytes] = TREE) -> Path:
 
 
 def make_tar(path: Path, tree: dict[str, bytes] = TREE, prefix: str = "") -> Path:
-    mode = {".gz": "w:gz", ".tgz": "w:gz", ".xz": "w:xz"}.get(path.suffix, "w")
+    mode = {".gz": "w:gz", ".tgz": "w:gz", ".xz": "w:xz", ".bz2": "w:bz2"}.get(path.suffix, "w")
     with tarfile.open(path, mode) as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
         for name, data in tree.items():
             add(tar, prefix + name, data)
@@ -84,6 +84,13 @@ def test_images_of_one_name_are_ordered_by_size(tmp_path: Path) -> None:
         source = open_source([str(tmp_path / folder) for folder in order])
         assert source.sizes.tolist() == [1, 2, 3]
         assert [Path(entry.path).parent.name for entry in source.entries] == ["c", "b", "a"]
+
+
+def test_a_plain_archive_whose_first_name_begins_as_bzip2_does(tmp_path: Path) -> None:
+    for folder in ("BZ", "BZh9"):
+        tree = {f"{folder}/{k}.jpg": data for k, data in enumerate(TREE.values())}
+        for name in ("plain.tar", "packed.tar.bz2"):
+            assert contents(open_source(str(make_tar(tmp_path / f"{folder}-{name}", tree)))) == tree
 
 
 def test_folder_and_archives_of_one_tree_are_one_source(tmp_path: Path) -> None:

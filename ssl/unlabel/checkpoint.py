@@ -16,7 +16,7 @@ import torch
 
 from unlabel.errors import UserError
 
-__all__ = ["file_sha256", "load_newest", "lock", "save", "write_atomic"]
+__all__ = ["file_sha256", "load_newest", "lock", "newest", "save", "write_atomic"]
 
 _MAGIC = b"unlabel-checkpoint-1\n"
 _KEEP = 2
@@ -50,7 +50,8 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     payload = buffer.getvalue()
     path = folder / f"step-{step:09d}.pt"
     write_atomic(path, _MAGIC + hashlib.sha256(payload).digest() + payload)
-    for old in _all(folder)[_KEEP:]:
+    later, kept = [p for p in _all(folder) if p > path], [p for p in _all(folder) if p <= path]
+    for old in later + kept[_KEEP:]:  # a later one was damaged: the run would have gone on from it
         old.unlink(missing_ok=True)
     for stale in folder.glob(".*.tmp"):  # left by a process that was killed while writing
         stale.unlink(missing_ok=True)
@@ -59,6 +60,11 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 def _all(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"), reverse=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The file of the last step, whether or not it verifies; None where there is none."""
+    return next(iter(_all(folder)), None)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from unlabel.backbone import build_backbone, load_backbone
 from unlabel.cache import load_cache, write_skipped
 from unlabel.checkpoint import write_atomic
 from unlabel.config import CompareConfig, EvaluateConfig, FewLabels, PretrainConfig, plain
-from unlabel.distributed import pick_device
+from unlabel.distributed import pick_device, refuse_several
 from unlabel.errors import UserError
 from unlabel.init import Start, fetch, load_start, start_beside, start_of, write_given
 from unlabel.memory import keep_freed_memory
@@ -76,6 +76,7 @@ def _refuse_nonsense(config: FewLabels) -> None:
     if config.top_layers is not None and config.top_layers < 1:
         raise UserError(f"--top-layers {config.top_layers}: train at least one stage")
     pick_device(config.device)
+    refuse_several("evaluate and compare")
 
 
 MOST = 10_000  # draws, or seeds
@@ -141,6 +142,8 @@ def compare(config: CompareConfig) -> Path:
     finished = [*also, *given]
     arms = _with_controls([*tasks, *finished], config, label_free=True)
     split = split_data(config, image_size, pretraining, others | more)
+    if split.pretraining_leaks.issuperset(pretraining.hashes):
+        raise UserError("every image of --data is a test image or a near-duplicate of one: nothing to pretrain on")
     split.warnings.extend([*notes, *more_notes])
     table = _table(config, split, (start.backbone, start.stem), image_size, config.out, config.flip)
     each = f"{config.minutes:g} minutes" if config.minutes is not None else f"{config.epochs or EPOCHS:g} passes"

@@ -19,7 +19,8 @@ from torch import Tensor
 from unlabel.errors import UserError
 
 __all__ = ["RankLost", "any_rank", "barrier", "from_main", "gathered", "in_turn", "is_main", "mean"]
-__all__ += ["naming_the_missing", "pick_device", "rank", "same_everywhere", "start", "stop", "world_size"]
+__all__ += ["naming_the_missing", "pick_device", "rank", "refuse_several"]
+__all__ += ["same_everywhere", "start", "stop", "world_size"]
 
 ALIVE_SECONDS = 5.0  # between two signs of life of a process that others wait for
 LOST_SECONDS = 10.0  # that a process waits, once it gave up, for the others to give up too
@@ -64,6 +65,12 @@ def start(device: torch.device, minutes: float = 30.0) -> None:
         dist.broadcast_object_list(box, src=0, device=device)
         _generation = box[0]
         _store().set(f"host/{rank()}", socket.gethostname())
+
+
+def refuse_several(what: str) -> None:
+    """UserError under torchrun: each process would do and write all of it."""
+    if int(_environment()["WORLD_SIZE"]) > 1 and "RANK" in os.environ:
+        raise UserError(f"{what} run in one process: leave torchrun to `unlabel pretrain`, compare its runs by --also")
 
 
 def stop() -> None:

@@ -34,6 +34,7 @@ __all__ = ["Start", "begun", "fetch", "init_of", "load_start", "start_beside", "
 TIMM = "timm:"
 _DEFAULT = "small"
 _HUB_FILE = "model.safetensors"  # what timm's weights are called there
+_SHA256_AT_END = re.compile(r" [0-9a-f]{64}$")
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,11 @@ def _from_hub(repository: str) -> Path:
         logging.set_verbosity(level)
 
 
-def init_of(start: Start, about: dict[str, Any] | None, fetched: Path | None) -> str | None:
+def init_of(start: Start, about: dict[str, Any] | None, fetched: Path | None, has_begun: bool) -> str | None:
     """What --init stands for in config.json: its content, wherever it lies. A begun run no longer needs it.
 
-    ``fetched``: what ``fetch`` gave, if it was asked.
+    ``fetched``: what ``fetch`` gave, if it was asked. ``has_begun``: what ``begun`` says. A run that was unfinished
+    when this one started from it may have gone on since.
     """
     old = about["settings"].get("init") if about else None
     if start.init is None:
@@ -186,26 +188,39 @@ def init_of(start: Start, about: dict[str, Any] | None, fetched: Path | None) ->
             return old
         _shapes(path)  # an error where it is not there
         return checkpoint.file_sha256(path)
-    product = path / "backbone.safetensors"
-    if old and (old.startswith("checkpoint of ") or not product.exists()):
-        return old
-    return checkpoint.file_sha256(product) if product.exists() else f"checkpoint of {path.resolve().name}"
+    product, stopped = path / "backbone.safetensors", f"checkpoint of {path.resolve().name}"
+    if has_begun and old:
+        from_checkpoint = old.startswith("checkpoint of ")
+        if _SHA256_AT_END.sub("", old) == stopped if from_checkpoint else not product.exists():
+            return old
+    if product.exists():
+        return checkpoint.file_sha256(product)
+    newest = checkpoint.newest(path / "checkpoints")
+    if newest is None:
+        return stopped
+    content = f" {checkpoint.file_sha256(newest)}"
+    return old if old and old.endswith(content) else stopped + content
 
 
 def load_start(start: Start, backbone: Backbone, fetched: Path | None, say: Callable[[str], Any] = print) -> None:
     """Put what --init names into ``backbone``; say what is left out. Raises UserError where it does not fit."""
     if start.init is None:
         return
+    path, stopped = Path(start.init), None
     if start.kind == "run":
-        return _load_run(backbone, Path(start.init))
+        path, stopped = path / "backbone.safetensors", _stopped_weights(path)
+    have = _shapes(path) if stopped is None and fetched is None else {}  # an error where it is not there
     try:
-        if fetched is not None:
+        if stopped is not None:
+            compare_weights(backbone.state_dict(), {k: tuple(v.shape) for k, v in stopped.items()})
+            backbone.load_state_dict(stopped)
+        elif fetched is not None:
             weights = _by_timm(start, fetched)
             _load_plain(backbone, {k: tuple(v.shape) for k, v in weights.items()}, weights.__getitem__, say)
-        elif _has_own_stem(have := _shapes(Path(start.init))) or is_mlp(backbone.spec.name):
-            load_weights(backbone, Path(start.init))
+        elif start.kind == "run" or _has_own_stem(have) or is_mlp(backbone.spec.name):
+            load_weights(backbone, path)
         else:
-            with safe_open(start.init, framework="pt") as file:
+            with safe_open(path, framework="pt") as file:
                 _load_plain(backbone, have, file.get_tensor, say)
     except UserError as error:
         raise UserError(f"--init {start.init}: {error}; give the --backbone (and --stem) that they are of") from None
@@ -223,18 +238,11 @@ def _by_timm(start: Start, file: Path) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
-def _load_run(backbone: Backbone, run: Path) -> None:
-    """Another run's backbone: its product, or where it was stopped before the end, its newest checkpoint."""
-    if (run / "backbone.safetensors").exists() or not (run / "checkpoints").is_dir():
-        return load_weights(backbone, run / "backbone.safetensors")
-    state = checkpoint.load_newest(run / "checkpoints") or {"model": {}}
-    weights = {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}
-    try:
-        backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"the checkpoint in {run} does not fit --backbone ({str(error).splitlines()[-1].strip()})"
-        ) from None
+def _stopped_weights(run: Path) -> dict[str, Tensor] | None:
+    """Those in the newest checkpoint of a run that was stopped before its end; None where there is none."""
+    if (run / "backbone.safetensors").exists() or (state := checkpoint.load_newest(run / "checkpoints")) is None:
+        return None
+    return {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}
 
 
 def _load_plain(

@@ -255,9 +255,10 @@ def unpacked(path: str) -> Iterator[IO[bytes]]:
     import lzma
 
     with io.BufferedReader(Remote(path), REQUEST) if is_url(path) else open(path, "rb") as file:
-        magic = file.read(3)
+        begin = file.read(10)  # of a plain archive: its first name, which may be BZ/1.jpg
         file.seek(0)
-        opener = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}.get(magic[:2])
+        kinds = {rb"\x1f\x8b": gzip.open, rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.open, rb"\xfd7zXZ\x00": lzma.open}
+        opener = next((kinds[magic] for magic in kinds if re.match(magic, begin)), None)
         with contextlib.nullcontext(file) if opener is None else opener(file, "rb") as stream:
             yield stream  # pyright: ignore[reportReturnType]
 

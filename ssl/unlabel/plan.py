@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from unlabel.batches import Batches
 
 __all__ = ["EPOCHS", "Plan", "check_settings", "clock", "cost", "freeze_unused", "make_plan", "measure"]
-__all__ += ["measured_before"]
+__all__ += ["measured_before", "refuse_uneven"]
 
 MOST_OF = (65_536, 64)  # any number of a task; blocks
 MOST_STEPS, MOST_IMAGES, MOST_RATE = 10**12, 1 << 20, 1e6  # in a run; in a step; peak of the learning rate
@@ -65,6 +65,8 @@ def check_settings(config: PretrainConfig, classes: dict[str, Any], weights: Seq
         raise UserError(f"{len(weights)} --weights for {len(classes)} tasks: give one per task")
     if len(classes) > 1 and any(cls.phases > 1 for cls in classes.values()):
         raise UserError("a task in several phases cannot be summed with other tasks")
+    if config.compile and (those := [name for name, cls in classes.items() if not cls.compiles]):
+        raise UserError(f"--compile does not work with {those[0]}, which takes second derivatives: leave it out")
     if config.epochs is not None and config.minutes is not None:
         raise UserError("give --epochs or --minutes, not both")
     positive = ("epochs", "minutes", "lr", "batch_size", "log_every", "checkpoint_every", "workers", "accumulate")
@@ -83,6 +85,14 @@ def check_settings(config: PretrainConfig, classes: dict[str, Any], weights: Seq
         raise UserError(f"--crop {config.crop}: give two shares of the area in rising order, above 0 and up to 1")
     if config.image_size is not None and not SIDES[0] <= config.image_size <= SIDES[1]:
         raise UserError(f"--image-size must lie between {SIDES[0]} and {SIDES[1]}, not {config.image_size}")
+
+
+def refuse_uneven(batch_size: int, accumulate: int, begun: bool) -> None:
+    """UserError where not every process would get as many images as the others."""
+    if batch_size % ((world := distributed.world_size()) * accumulate):
+        times = f" times --accumulate {accumulate}" if accumulate > 1 else ""
+        advice = "this run was begun with it, so take another number of those" if begun else "set --batch-size"
+        raise UserError(f"batch size {batch_size} is not a multiple of the {world} processes{times}: {advice}")
 
 
 def make_plan(
@@ -107,10 +117,7 @@ def make_plan(
     )  # fmt: skip
     if about is not None:  # a continued run keeps what was resolved then, whatever this machine's speed
         plan = _resolved_before(about["resolved"], plan)
-    if plan.batch_size % shares:
-        times = f" times --accumulate {config.accumulate}" if config.accumulate > 1 else ""
-        advice = "set --batch-size" if about is None else "this run was begun with it, so take another number of those"
-        raise UserError(f"batch size {plan.batch_size} is not a multiple of the {world} processes{times}: {advice}")
+    refuse_uneven(plan.batch_size, config.accumulate, about is not None)
     batch_of.plan = plan
     _refuse_one_image(model, batch_of)
     if about is not None:

@@ -28,7 +28,7 @@ from unlabel.init import begun, fetch, init_of, load_start, start_of
 from unlabel.memory import keep_freed_memory
 from unlabel.messages import describe, log_line, not_finite
 from unlabel.order import phase_at
-from unlabel.plan import check_settings, clock, cost, freeze_unused, make_plan, measured_before
+from unlabel.plan import check_settings, clock, cost, freeze_unused, make_plan, measured_before, refuse_uneven
 from unlabel.precision import autocast
 from unlabel.previews import save_previews
 from unlabel.runfolder import RunFolder
@@ -98,22 +98,36 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     run = RunFolder(config.out)
     about = run.read()
     refuse_odd_out(config.out, config.data)
+    if config.batch_size is not None:
+        refuse_uneven(config.batch_size, config.accumulate, about is not None)
     start = start_of(config.init, config.backbone, config.stem, about and about["settings"])
     config = replace(config, backbone=start.backbone, stem=start.stem)
-
-    # ---- 2. The data, decoded once into the packed cache
+    has_begun = begun(about, run.checkpoints)
     with distributed.in_turn():  # timm's weights, or a named set, may have to be downloaded
-        fetched = None if begun(about, run.checkpoints) else fetch(start)
+        fetched = None if has_begun else fetch(start)
         source = open_source(config.data)
     fingerprint = with_excluded(source.fingerprint, exclude)
-    settings = {**config.fixed(), "init": init_of(start, about, fetched)}
+    settings = {**config.fixed(), "init": init_of(start, about, fetched, has_begun)}
     if about is not None:
         run.same_or_refuse(settings, fingerprint, how_differ(about, source.fingerprint, run.left_out()))
         if run.finished():
             say(f"{config.out} is finished and verified: {about['finished']['steps']} steps")
             return config.out
     image_size = config.image_size or source.usual_size()
+
+    # ---- 2. The model: one backbone, and the heads of the tasks; what does not fit is said before a pixel is decoded
     backbone = build_backbone(start.backbone, image_size, start.stem, config.seed, config.flip)
+    state = newest_state(run, about)
+    if state is None:
+        load_start(start, backbone, fetched, say)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(config.seed, "heads"))
+        tasks = {n: cls(backbone, cls.Config(**config.task_settings.get(n, {}))) for n, cls in classes.items()}
+    phases = max(t.phases for t in tasks.values())
+    if phases > 1 and len(tasks) > 1:
+        raise UserError("a task in several phases cannot be summed with other tasks")
+
+    # ---- 3. The data, decoded once into the packed cache; and the plan
     cache = load_images(source, image_size, config, exclude, (about or {}).get("data", {}).get("content"))
     content = content_of(cache)
     if about is not None:
@@ -124,23 +138,13 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
         if exclude:
             checkpoint.write_atomic(run.excluded, "".join(f"{h}\n" for h in sorted(exclude)).encode())
 
-    # ---- 3. The model: one backbone, and the heads of the tasks
-    state = newest_state(run, about)
     at = None if about is None else state["step"] if state else 0
     distributed.same_everywhere(
         (fingerprint[:12], content[:12], at), "the processes do not see the same --data and --out"
     )
-    if state is None:
-        load_start(start, backbone, fetched, say)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(mix(config.seed, "heads"))
-        tasks = {n: cls(backbone, cls.Config(**config.task_settings.get(n, {}))) for n, cls in classes.items()}
     model = channels_last(Together(backbone, tasks, weights).to(device))
     flip = config.flip and all(cls.mirrors for cls in classes.values())
     batch_of = Batches(cache, config, flip, device)
-    phases = max(t.phases for t in tasks.values())
-    if phases > 1 and len(tasks) > 1:
-        raise UserError("a task in several phases cannot be summed with other tasks")
     plan = make_plan(config, image_size, classes, model, batch_of, about)
     batch_of.plan = plan
     backbone.frozen = freeze_unused(model, batch_of, phases)
