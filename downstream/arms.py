@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from downstream import evaluate as ev
-from unlabel.backbone import load_backbone
+from unlabel.backbone import Spec, build_backbone, load_backbone
 from unlabel.cache import ImageCache, load_cache
 from unlabel.checkpoint import file_sha256
 from unlabel.errors import UserError
@@ -33,24 +33,38 @@ def seed_of(about: Mapping[str, Any]) -> int:
 
 
 def finished_runs(
-    folders: Sequence[Path], image_size: int, pretraining: ImageCache | None
+    folders: Sequence[Path], image_size: int, network: str, pretraining: ImageCache | None
 ) -> tuple[list[ev.Arm], dict[str, ImageCache], list[str]]:
-    """Arms of runs that are finished elsewhere; the images that they were trained on, where those are others; notes."""
+    """Arms of runs that are finished elsewhere; the images that they were trained on, where those are others; notes.
+
+    ``image_size`` and ``network``: of the table that they are measured in.
+    """
     arms, others, notes = [], {}, []
     for folder in folders:
-        load_backbone(folder)
+        spec = load_backbone(folder).spec
         run = RunFolder(folder)
         about = run.read() or {}
         if about:
             run.finished()
         arms.append(ev.Arm(folder.resolve().name, "backbone", (seed_of(about),), (folder,)))
         images, note = pretraining_images(folder, about, image_size)
-        notes += [f"{folder.name}: {text}" for text in (note, started_elsewhere(folder)) if text]
+        texts = [note, started_elsewhere(folder), _unlike(spec, image_size, network)]
+        notes += [f"{folder.name}: {text}" for text in texts if text]
         if images is not None:  # the same images need no second look
             seen = [c for c in (pretraining, *others.values()) if c is not None]
             known = next((c for c in seen if c.hashes == images.hashes), images)
             others[folder.resolve().name] = known
     return arms, others, notes
+
+
+def _unlike(spec: Spec, image_size: int, network: str) -> str | None:
+    """A note on an arm whose difference from the others is not of its weights alone."""
+    if spec.image_size != image_size:
+        return f"it sees images of {spec.image_size} px, made from those of {image_size} px that the others see"
+    wanted = build_backbone(network, image_size).spec
+    if (spec.name.split(".")[0], spec.kwargs) != (wanted.name.split(".")[0], wanted.kwargs):
+        return f"it is another network than those that it is compared with, which are {network}"
+    return None
 
 
 def given_arms(
@@ -62,7 +76,7 @@ def given_arms(
     if start.kind != "run":
         note = f"{start.arm} was trained elsewhere, perhaps with labels, perhaps on test images: that is not known here"
         return [ev.Arm(start.arm, "backbone", (0,), (weights,))], {}, [note]
-    (arm,), others, notes = finished_runs([weights], image_size, pretraining)
+    (arm,), others, notes = finished_runs([weights], image_size, start.backbone, pretraining)
     known = {start.arm: others[arm.name]} if others else {}
     return [dataclasses.replace(arm, name=start.arm)], known, notes
 

@@ -12,6 +12,7 @@ Among feature sets the lowest cross-validated loss wins. Within the winner, the 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Literal
 
@@ -69,6 +70,12 @@ def splits(y: np.ndarray, per_class: int, seed: int, clusters: np.ndarray | None
 def repeats_any(clusters: np.ndarray) -> bool:
     """Whether some of the labelled images are near-duplicates of one another."""
     return len(np.unique(clusters)) < len(clusters)
+
+
+def grouping(clusters: np.ndarray) -> str:
+    """Which of them are near-duplicates of one another, as a digest: whatever the clusters are called."""
+    _, first, which = np.unique(clusters, return_index=True, return_inverse=True)
+    return hashlib.sha256(first[which].astype("<i8").tobytes()).hexdigest()
 
 
 def subsample(y: np.ndarray, seed: int) -> np.ndarray:

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from downstream import evaluate as ev
+from downstream.choosing import grouping, repeats_any
 from downstream.label_free import label_free
+from unlabel.errors import UserError
 from unlabel.runfolder import RunFolder
 
 __all__ = ["label_free_rows", "tasks_of"]
@@ -23,6 +25,25 @@ OWN = {"rotation": "rotation_probe", "transformations": "rotation_probe", "jigsa
 def tasks_of(run: Path) -> list[str]:
     """The tasks that a run was trained with; none where the folder does not say."""
     return list((RunFolder(run).read() or {}).get("settings", {}).get("tasks", []))
+
+
+def tasks_before(run: Path) -> list[str]:
+    """Those of the runs that it began from by --init, one behind the other, as far as they are still there."""
+    found: list[list[str]] = []
+    seen: set[Path] = set()
+    while run.resolve() not in seen:
+        seen.add(run.resolve())
+        try:
+            about = RunFolder(run).read() or {}
+        except UserError:  # of a run that it began from: no longer one
+            break
+        found.append(about.get("settings", {}).get("tasks", []))
+        free = about.get("free")
+        init = free.get("init") if isinstance(free, dict) else None
+        if not isinstance(init, str) or not init or not Path(init).is_dir():
+            break
+        run = Path(init)
+    return [task for tasks in found[1:] for task in tasks]
 
 
 def label_free_rows(table: ev.Table, arms: Sequence[ev.Arm], better: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -45,10 +66,11 @@ def label_free_rows(table: ev.Table, arms: Sequence[ev.Arm], better: Mapping[str
 
 def _scores(table: ev.Table, arm: ev.Arm, k: int) -> list[dict[str, Any]]:
     store, pool = ev.Store(table), table.pool
-    tasks = tasks_of(arm.runs[k]) if arm.kind == "backbone" else []
+    tasks = tasks_of(arm.runs[k]) + tasks_before(arm.runs[k]) if arm.kind == "backbone" else []
     leave_out = sorted({OWN[t] for t in tasks if t in OWN})
     key = [*ev.identity(arm, k, table), "label-free", SCORES, table.flip, leave_out]
     key += [table.unlabelled_id] if arm.kind == "random" else []
+    key += [grouping(pool.clusters)] if repeats_any(pool.clusters) else []
     cell = store.get(key)
     if cell is None:
         backbone, bar = ev.network(arm, k, table), f"{arm.name} label-free"

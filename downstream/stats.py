@@ -86,11 +86,9 @@ def paired(
 def alike(correct: np.ndarray, versus: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two results (seeds, draws, test images) in one shape, to be compared.
 
-    Over seeds that only one of them has nothing can be said, so there the other counts by its mean; a single draw
-    (that of all labels) stands beside each draw.
+    A single seed stands beside each seed of the other, whose spread the interval then counts, whichever of the two it
+    is; a single draw (that of all labels) stands beside each draw.
     """
-    if len(correct) < len(versus):
-        versus = versus.mean(axis=0, keepdims=True)
     a, b = np.broadcast_arrays(correct, versus)
     return a, b
 

@@ -87,11 +87,17 @@ def _over_finetuning(table: ev.Table, arms: Sequence[ev.Arm], correct: ev.Predic
 
 
 def _efficiency(table: ev.Table, tasks: Sequence[ev.Arm], correct: ev.Predictions) -> Iterator[dict[str, Any]]:
-    """For each task and label count, the labels per class that `scratch` needs to match it."""
+    """For each task and label count, the labels per class that `scratch` needs to match it.
+
+    All labels of classes of which one has half as many images again as another are no number per class, and are left
+    out.
+    """
+    sizes = np.bincount(table.pool.y, minlength=len(table.classes))
+    counts: list[ev.Count] = [c for c in table.counts if c != "all" or sizes.max() <= 1.5 * sizes.min()]
     for protocol in table.protocols:
         control = {
             table.labels(count) / len(table.classes): correct["scratch", protocol, count, None]
-            for count in table.counts
+            for count in counts
             if ("scratch", protocol, count, None) in correct
         }
         for arm in tasks if control else []:

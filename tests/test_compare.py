@@ -18,6 +18,7 @@ import torch
 from downstream import evaluate as ev
 from downstream import finetune as ft
 from downstream import label_free as lf
+from downstream.arms import finished_runs
 from downstream.classifier import load_classifier
 from downstream.split import split_data
 from unlabel import compare
@@ -509,13 +510,28 @@ def test_a_class_of_which_nothing_can_be_read(compared: Path, digits_folder: Pat
 
 def test_near_duplicates_among_the_labels_make_another_cell(compared: Path, digits_folder: Path, tmp_path: Path):
     table, arm = table_of(digits_folder, compared / "runs" / "rotation-seed0", tmp_path)
-    pairs = dataclasses.replace(table.pool, clusters=table.pool.clusters // 2)
+    alone, rows = np.arange(len(table.pool)), table.draws.indices(0, 25)
+    clusterings = [alone, alone.copy(), alone.copy()]  # none alike; two of the labelled images; two others of them
+    clusterings[1][rows[1]] = rows[0]
+    clusterings[2][rows[3]] = rows[2]
     keys = []
-    for pool in (table.pool, pairs):
+    for pool in (dataclasses.replace(table.pool, clusters=c) for c in clusterings):
         other = dataclasses.replace(table, pool=pool)
         filler = ev.ArmFiller(arm, 0, other, ev.Store(other))
         keys.append([filler._key(p, 25, 0) for p in ("linear", "knn", "finetune")])
-    assert all(a != b for a, b in zip(*keys, strict=True))
+    assert all(len({str(key) for key in own}) == 3 for own in zip(*keys, strict=True))
+    renamed = dataclasses.replace(table, pool=dataclasses.replace(table.pool, clusters=1000 - clusterings[2]))
+    filler = ev.ArmFiller(arm, 0, renamed, ev.Store(renamed))
+    assert [filler._key(p, 25, 0) for p in ("linear", "knn", "finetune")] == keys[2]
+
+
+def test_runs_of_another_size_or_network_are_named(tmp_path: Path):
+    run = tmp_path / "run"
+    save_backbone(build_backbone("small", 32), run)
+    for size, network, said in ((64, "small", "images of 32 px"), (32, "resnet18", "another network")):
+        _, _, notes = finished_runs([run], size, network, None)
+        assert any(said in note for note in notes), notes
+    assert len(finished_runs([run], 32, "small", None)[2]) == len(notes) - 1
 
 
 def test_fine_tuning_starts_with_statistics_of_the_size_it_sees(digits_folder: Path, tmp_path: Path):

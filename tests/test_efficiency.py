@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from downstream import summary
 from downstream.efficiency import labels_to_match
 from unlabel.report import format_efficiency, write_report
 
@@ -117,9 +119,32 @@ def test_the_report_says_what_lies_beyond(tmp_path):
     assert "rotation, 10 labels per class: scratch needs 141" in page
 
 
-def test_seeds_that_only_one_side_has_count_by_their_mean():
+def test_seeds_that_only_one_side_has_are_counted():
     many = np.concatenate([hits(0.5), hits(0.6), hits(0.7)])
     assert labels_to_match(hits(0.7), {10.0: many, 100.0: hits(0.8)}, ONE_EACH).labels == pytest.approx(10**1.5)
+    same = {10.0: hits(0.6), 100.0: hits(0.8)}
+    wide, narrow = (labels_to_match(hits(0.7), control, ONE_EACH) for control in ({**same, 10.0: many}, same))
+    assert wide.low is not None
+    assert narrow.low is not None
+    assert wide.low < 0.8 * narrow.low
     match = labels_to_match(np.concatenate([hits(0.7)] * 3), {10.0: many, 100.0: np.repeat(hits(0.8), 3, 0)}, ONE_EACH)
     assert match.labels == pytest.approx(10**1.5)
     assert match.low is not None
+
+
+@pytest.mark.parametrize(("sizes", "measured"), [((300, 30), [10, 20]), ((120, 100), [10, 110])])
+def test_all_labels_of_unequal_classes_are_no_number_per_class(sizes, measured):
+    counts = (10, 20, "all")
+    table = SimpleNamespace(
+        protocols=("finetune",), counts=counts, classes=["cat", "dog"],
+        pool=SimpleNamespace(y=np.repeat([0, 1], sizes)), test=SimpleNamespace(clusters=ONE_EACH),
+        labels=lambda count: sum(sizes) if count == "all" else 2 * count,
+    )  # fmt: skip
+    correct = {
+        (arm, "finetune", count, None): hits(share + 0.1 * counts.index(count))
+        for arm, share in (("rotation", 0.7), ("scratch", 0.6))
+        for count in counts
+    }
+    rows = list(summary._efficiency(table, [SimpleNamespace(name="rotation")], correct))  # pyright: ignore
+    assert [row["labels_per_class"] for row in rows] == [10, 20, "all"]
+    assert all(row["measured"] == measured for row in rows)

@@ -525,6 +525,22 @@ def test_which_arm_would_be_chosen(probes: dict[str, float | None], said: str, t
     assert typeset(text) in write_report(tmp_path).read_text()
 
 
+def test_a_run_was_trained_for_what_it_began_from_too(tmp_path: Path):
+    def write(name: str, task: str, **free: str) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        about = {"settings": {"tasks": [task]}, "resolved": {}, "fingerprint": "f", "free": free}
+        (tmp_path / name / "config.json").write_text(json.dumps(about))
+
+    for name, task, init in (("a", "jigsaw", "c"), ("b", "rotation", "a"), ("c", "denoising", "b")):
+        write(name, task, init=str(tmp_path / init))
+    assert lft.tasks_before(tmp_path / "c") == ["rotation", "jigsaw"]  # and no further: it is a circle
+    (tmp_path / "a" / "config.json").write_text("{")
+    assert lft.tasks_before(tmp_path / "c") == ["rotation"]
+    write("b", "rotation")
+    assert lft.tasks_before(tmp_path / "c") == ["rotation"]
+    assert lft.tasks_before(tmp_path / "b") == []
+
+
 def test_how_far_to_trust_the_choice_is_what_the_studies_found():
     studies = [
         json.loads((ROOT / "results" / f"{name}.json").read_text())["judged"]

@@ -21,6 +21,7 @@ from PIL import Image
 from unlabel.errors import UserError
 from unlabel.report import accuracy_svg, answer, format_table, write_report
 from unlabel.report_origin import reading
+from unlabel.report_text import title
 
 LABELS = (10, 50, 250)
 EVIL = '<script>alert("x")</script>'
@@ -389,6 +390,21 @@ def test_answer_says_what_the_interval_is_over() -> None:
     assert answer(results).endswith(
         "over repeated pretraining (3 pretraining seeds, 10 draws of labels, 5,000 test images)."
     )
+
+
+def test_answer_says_whose_seeds_they_are() -> None:
+    results = only(0.1, 0.05, 0.15)
+    results["summary"][0] |= {"n_seeds": 1, "unit": "draw"}
+    results["paired"][0] |= {"n_seeds": 3, "n_draws": 10, "unit": "seed"}
+    assert answer(results).endswith("for this backbone (3 seeds of scratch, 10 draws of labels, 5,000 test images).")
+
+
+@pytest.mark.parametrize("more", [{"versus": "inpainting"}, {"versus": "rotation", "versus_protocol": "finetune"}])
+def test_two_pretrained_arms_say_nothing_of_pretraining(more: dict[str, str]) -> None:
+    assert title(only(0.1, 0.05, 0.15)).startswith("rotation pretraining helps")
+    results = only(0.1, 0.05, 0.15, primary=False, **more)
+    assert title(results) == "What the labels bought"
+    assert "there is no control to compare it with" in answer(results)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm, t
 
-from downstream.stats import paired, summarise, verdict
+from downstream.stats import alike, paired, summarise, verdict
 from unlabel.errors import UserError
 
 
@@ -123,6 +123,18 @@ def test_paired_mirrors_and_is_narrower_than_two_intervals():
     assert ab.mean == pytest.approx(summarise(both[0], member).mean - summarise(both[1], member).mean)
     own = summarise(both[0], member)
     assert ab.ci_high - ab.ci_low < 0.7 * (own.ci_high - own.ci_low)
+
+
+def test_a_single_seed_beside_three_mirrors():
+    """Whichever side has the seeds, their spread is in the interval: nearly the t interval over them, if all else is
+    small."""
+    shares = np.array([0.62, 0.72, 0.72])
+    one = np.tile(np.arange(500) < 375, (1, 5, 1))
+    three = np.tile(np.arange(500) < 500 * shares[:, None, None], (1, 5, 1))
+    ab, ba = (paired(*alike(*pair), np.arange(500)) for pair in ((one, three), (three, one)))
+    assert (ab.mean, ab.ci_low, ab.ci_high) == pytest.approx((-ba.mean, -ba.ci_high, -ba.ci_low), abs=1e-9)
+    assert (ab.unit, ab.n_seeds) == ("seed", 3)
+    assert ab.ci_high - ab.mean == pytest.approx(t.ppf(0.975, 2) * shares.std(ddof=1) / np.sqrt(3), rel=0.1)
 
 
 def test_interval_contains_the_mean_and_stays_between_0_and_1():

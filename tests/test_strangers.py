@@ -11,12 +11,14 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from downstream.arms import pretraining_images
 from unlabel import checkpoint
 from unlabel.backbone import build_backbone, load_backbone, save_backbone
 from unlabel.cli import main
@@ -180,14 +182,30 @@ def test_addresses_in_a_strangers_config_are_not_opened(finished, digits_folder:
     monkeypatch.setattr("unlabel.stores.filesystem", lambda url: opened.append(url))
     monkeypatch.setattr("unlabel.tar_index.filesystem", lambda url: opened.append(url))
     about = json.loads((out / "config.json").read_text())
-    for spec in ("http://127.0.0.1:9/secret.tar", "simplecache::s3://x/y.tar", "{0..9}.tar", "/etc/*.tar"):
+    for spec in ("http://127.0.0.1:9/secret.tar", "simplecache::s3://x/y.tar", "[0-9].tar", "/etc/*.tar"):
         about["data"]["spec"] = [spec]
         (out / "config.json").write_text(json.dumps(about))
         given = ["--train", command[3], "--protocol", "knn", "--labels-per-class", "1", "--draws", "1", "--no-controls"]
         assert main(["evaluate", str(out), *given, "--device", "cpu", "--out", str(tmp_path / "evaluation")]) == 0
         notes = json.loads((tmp_path / "evaluation" / "results.json").read_text())["provenance"]["warnings"]
-        assert any("are not followed" in note for note in notes), notes
+        assert any("are not followed" in note and note.endswith("those of --train") for note in notes), notes
     assert not opened
+
+
+def test_shards_that_are_counted_off_are_looked_at_again(finished, tmp_path: Path):
+    """A folder's images in shards are the same source."""
+    command, original = finished
+    out, folder = shutil.copytree(original, tmp_path / "run"), Path(command[3])
+    for k, label in enumerate(sorted(p.name for p in folder.iterdir())):
+        with tarfile.open(tmp_path / f"part-{k}.tar", "w") as tar:
+            tar.add(folder / label, arcname=label)
+    about = json.loads((out / "config.json").read_text())
+    about["data"]["spec"] = [str(tmp_path / f"part-{{0..{k}}}.tar")]
+    (out / "config.json").write_text(json.dumps(about))
+    images, note = pretraining_images(out, about, 16)
+    assert note is None
+    assert images is not None
+    assert len(images) == about["data"]["images"]
 
 
 def test_weights_of_another_run_are_not_evaluated(finished, tmp_path: Path, capsys):

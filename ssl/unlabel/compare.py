@@ -105,6 +105,8 @@ def evaluate(config: EvaluateConfig) -> Path:
         split = unlabelled_pool(config, spec.image_size, pretraining)
     else:
         split = split_data(config, spec.image_size, pretraining, others)
+    if note is not None:
+        note += "; unlabelled images are, wherever some are used, those of --train"
     split.warnings.extend(filter(None, [note, started_elsewhere(config.run), *notes]))
     if split.seen:
         split.warnings.append(f"{split.seen} test images have a near-duplicate among those that it was pretrained on")
@@ -137,7 +139,7 @@ def compare(config: CompareConfig) -> Path:
         ev.Arm(name, "backbone", seeds, tuple(config.out / "runs" / f"{name}-seed{seed}" for seed in seeds))
         for name in config.tasks
     ]
-    also, others, notes = finished_runs(config.also, image_size, pretraining)
+    also, others, notes = finished_runs(config.also, image_size, start.backbone, pretraining)
     given, more, more_notes = given_arms(start, weights, image_size, pretraining)
     finished = [*also, *given]
     arms = _with_controls([*tasks, *finished], config, label_free=True)

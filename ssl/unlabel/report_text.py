@@ -128,22 +128,30 @@ def test_images(results: dict[str, Any]) -> float | None:
     return number(section(results, "provenance", "data", "test").get("images"))
 
 
+def seeds_of(results: dict[str, Any], row: Row) -> float | None:
+    """How many pretraining seeds the arm of a row has."""
+    same = {key: row.get(key) for key in ("arm", "protocol", "labels_per_class")}
+    return number((find(rows_of(results, "summary"), **same) or {}).get("n_seeds"))
+
+
 def basis(results: dict[str, Any], row: Row) -> str:
     """What an interval is over: "for this backbone (10 draws of labels, 5,000 test images)"."""
     same = {key: row.get(key) for key in ("arm", "protocol", "labels_per_class")}
     source = row if "unit" in row else find(rows_of(results, "summary"), **same) or {}
     draws, seeds, tests = number(source.get("n_draws")), number(source.get("n_seeds")), test_images(results)
+    one_run = seeds_of(results, row) == 1  # then the seeds are those of what it is compared with
+    kind = f"seeds of {row['versus']}" if one_run and row.get("versus") else "pretraining seeds"
     parts = []
     if seeds and seeds > 1:
-        parts.append(f"{seeds:.0f} pretraining seeds")
+        parts.append(f"{seeds:.0f} {kind}")
     if draws:
         parts.append("one draw of labels, whose luck is not in it" if draws == 1 else f"{draws:.0f} draws of labels")
     if tests:
         parts.append(f"{tests:,.0f} test images")
-    if source.get("unit") == "seed":
+    if source.get("unit") == "seed" and not one_run:
         scope = "over repeated pretraining"
     else:
-        scope = "for these backbones" if seeds and seeds > 1 else "for this backbone"
+        scope = "for these backbones" if seeds and seeds > 1 and not one_run else "for this backbone"
     return f"{scope} ({', '.join(parts)})" if parts else scope
 
 
@@ -159,12 +167,14 @@ def primary_row(results: dict[str, Any]) -> Row | None:
     """The comparison that the answer is about.
 
     The one marked primary; else the first of fine-tuning, self-training and S4L against `scratch`, else the linear
-    probe against `random`, else any other, each for the first arm at its middle label count.
+    probe against `random`, else any other against a control, each for the first arm at its middle label count. Two
+    pretrained arms, or two ways to train one, say nothing of pretraining: None where there are only those.
     """
     paired = comparisons(results)
     named = next((row for row in paired if row.get("primary") is True), None)
     if named is not None:
         return named
+    paired = [r for r in paired if str(r["versus"]) in CONTROLS and r.get("versus_protocol") is None]
     trained = ("finetune", "self-training", "s4l")
     for protocol, versus in (*((p, "scratch") for p in trained), ("linear", "random")):
         row = _middle([r for r in paired if r.get("protocol") == protocol and r.get("versus") == versus])

@@ -34,8 +34,9 @@ def refuse_odd_out(out: Path, specs: Sequence[str | None]) -> None:
 
 
 def refuse_addresses(spec: Sequence[str]) -> None:
-    """What a run's config.json names is opened to look at its images; a stranger's must not choose addresses."""
-    if strange := [s for s in spec if re.search(r"://|[*?{\[]", s) and not os.path.exists(s)]:
+    """What a run's config.json names is opened to look at its images; a stranger's must not choose addresses, nor
+    search the disk. Shards that are counted off, {000..099}.tar, are files by their names."""
+    if strange := [s for s in spec if re.search(r"://|[*?\[]", s) and not os.path.exists(s)]:
         raise UserError(f"config.json names {strange[0][:100]!r}, and addresses and patterns there are not followed")
 
 
