@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,11 @@ def _unlike(spec: Spec, image_size: int, network: str) -> str | None:
     """A note on an arm whose difference from the others is not of its weights alone."""
     if spec.image_size != image_size:
         return f"it sees images of {spec.image_size} px, made from those of {image_size} px that the others see"
-    wanted = build_backbone(network, image_size).spec
-    if (spec.name.split(".")[0], spec.kwargs) != (wanted.name.split(".")[0], wanted.kwargs):
+    own, wanted = (
+        [s.name.split(".")[0], json.dumps(s.kwargs, sort_keys=True)]  # tuples are lists in a file
+        for s in (spec, build_backbone(network, image_size).spec)
+    )
+    if own != wanted:
         return f"it is another network than those that it is compared with, which are {network}"
     return None
 
