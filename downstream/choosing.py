@@ -72,10 +72,13 @@ def repeats_any(clusters: np.ndarray) -> bool:
     return len(np.unique(clusters)) < len(clusters)
 
 
-def grouping(clusters: np.ndarray) -> str:
-    """Which of them are near-duplicates of one another, as a digest: whatever the clusters are called."""
+def grouping(clusters: np.ndarray) -> list[str]:
+    """What a stored cell's key says of it: nothing without near-duplicates, else which they are, as a digest,
+    whatever the clusters are called."""
+    if not repeats_any(clusters):
+        return []
     _, first, which = np.unique(clusters, return_index=True, return_inverse=True)
-    return hashlib.sha256(first[which].astype("<i8").tobytes()).hexdigest()
+    return ["near-duplicates together", hashlib.sha256(first[which].astype("<i8").tobytes()).hexdigest()]
 
 
 def subsample(y: np.ndarray, seed: int) -> np.ndarray:

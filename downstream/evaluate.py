@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from downstream import finetune as ft
 from downstream import self_training as st
-from downstream.choosing import MAX_LABELS, Judged, grouping, repeats_any
+from downstream.choosing import MAX_LABELS, Judged, grouping
 from downstream.classifier import name_classes, save_classifier, stored_key
 from downstream.controls import Patches, Pixels
 from downstream.features import BlockStats, StageFeatures, block_stats, extract, feature_stats, joined
@@ -200,8 +200,7 @@ class ArmFiller:
         rows = self._draws.indices(draw, count)
         labels = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
         key: list[Any] = [*self.identity, protocol, count, draw, stage, labels]
-        near = self.table.pool.clusters[rows]
-        key += ["near-duplicates together", grouping(near)] if repeats_any(near) else []
+        key += grouping(self.table.pool.clusters[rows])
         scratch = self.arm.kind == "scratch"
         if not scratch or protocol in ("self-training", "s4l"):
             key += [self.table.unlabelled_id]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from downstream import evaluate as ev
-from downstream.choosing import grouping, repeats_any
+from downstream.choosing import grouping
 from downstream.label_free import label_free
 from unlabel.errors import UserError
 from unlabel.runfolder import RunFolder
@@ -70,7 +70,7 @@ def _scores(table: ev.Table, arm: ev.Arm, k: int) -> list[dict[str, Any]]:
     leave_out = sorted({OWN[t] for t in tasks if t in OWN})
     key = [*ev.identity(arm, k, table), "label-free", SCORES, table.flip, leave_out]
     key += [table.unlabelled_id] if arm.kind == "random" else []
-    key += [grouping(pool.clusters)] if repeats_any(pool.clusters) else []
+    key += grouping(pool.clusters)
     cell = store.get(key)
     if cell is None:
         backbone, bar = ev.network(arm, k, table), f"{arm.name} label-free"

@@ -6,7 +6,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from unlabel.backbone import channels_last
 from unlabel.config import PretrainConfig
 from unlabel.muon import Muon, orthogonal
-from unlabel.optim import make_optimizers, rate_at, set_rates, size_at, size_factor, sizes
+from unlabel.optim import UNTUNED, make_optimizers, rate_at, rates_of, set_rates, size_at, size_factor, sizes
 from unlabel.precision import _cpu_is_fast, autocast
 from unlabel.pretrain import pretrain
 
@@ -108,6 +108,54 @@ def test_muon_is_for_the_backbones_matrices():
     assert found[torch.optim.AdamW] == {
         id(backbone.bias): pytest.approx(2e-3), id(head.weight): pytest.approx(2e-4), id(head.bias): pytest.approx(2e-4)
     }  # fmt: skip
+
+
+def test_rates_are_of_the_kind_of_optimizer_that_they_were_found_for():
+    assert rates_of("adamw", "adamw", 2e-3, 0.01) == rates_of("muon", "adamw", 2e-3, 0.01) == (2e-3, 0.01)
+    assert rates_of("sgd", "sgd", 0.3, 1e-4) == (0.3, 1e-4)
+    assert rates_of("sgd", "adamw", 2e-3, 0.01) == UNTUNED["sgd"] == (0.1, 5e-4)
+    assert rates_of("muon", "sgd", 0.3, 1e-4) == UNTUNED["muon"]
+    # SGD adds its decay to the gradient, so that at equal rates the share of a weight that is lost in a step is equal.
+    for kind, (rate, decay) in UNTUNED.items():
+        layer = torch.nn.Linear(1, 1, bias=False)
+        (optimizer,) = make_optimizers(layer, [], kind, rate, decay)
+        before = layer.weight.item()
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        optimizer.step()
+        lost = 1 - layer.weight.item() / before
+        assert lost == pytest.approx(rate * decay * (1.9 if kind == "sgd" else 1), rel=1e-2)  # Nesterov: 1 + momentum
+
+
+def test_a_head_with_its_own_kind_of_optimizer_has_rates_of_that_kind():
+    backbone, head = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 2, bias=False)
+    groups = [{"params": [head.weight], "lr_scale": 0.1, "optimizer": "adamw"}]
+    for kind, rate, decay, want in (("sgd", 0.1, 5e-4, (1e-4, 0.05)), ("muon", 2e-3, 0.01, (2e-4, 0.01))):
+        made = make_optimizers(backbone, groups, kind, rate, decay)
+        found = {
+            id(p): (type(o), g["peak"], g["weight_decay"]) for o in made for g in o.param_groups for p in g["params"]
+        }
+        assert found[id(head.weight)] == (torch.optim.AdamW, *map(pytest.approx, want))
+        assert found[id(backbone.weight)][1:] == pytest.approx((rate, decay))
+
+
+@pytest.mark.parametrize(
+    ("more", "want"),
+    [
+        ({}, ("adamw", 3e-3, 0.05)),
+        ({"optimizer": "muon"}, ("muon", 3e-3, 0.05)),
+        ({"optimizer": "sgd"}, ("sgd", 0.1, 5e-4)),
+        ({"optimizer": "sgd", "lr": 0.02}, ("sgd", 0.02, 5e-4)),
+        ({"optimizer": "sgd", "weight_decay": 0.0}, ("sgd", 0.1, 0.0)),
+    ],
+)
+def test_another_optimizer_does_not_have_the_recipes_rates(
+    more: dict[str, Any], want: tuple[str, float, float], digits_folder: Path, tmp_path: Path
+):
+    config = PretrainConfig(
+        tasks=("rotation",), data=(str(digits_folder),), out=tmp_path, image_size=16, epochs=0.01, **more
+    )
+    resolved = json.loads((pretrain(config) / "config.json").read_text())["resolved"]
+    assert (resolved["optimizer"], resolved["lr"], resolved["weight_decay"]) == want
 
 
 def test_the_logged_rate_is_the_schedules_and_clipping_changes_the_run(digits_folder: Path, tmp_path: Path):

@@ -482,6 +482,11 @@ def test_a_run_that_began_from_an_unfinished_one_goes_on_from_that_one_only(
     killed_at(monkeypatch, dataclasses.replace(fresh, init=moved), saves=1)  # what it was to begin from
     assert pretrain(fresh) == fresh.out
     assert pretrain(begun) == begun.out
+    late = dataclasses.replace(begun, out=tmp_path / "late", init=moved)
+    killed_at(monkeypatch, late, saves=0)
+    shutil.rmtree(moved)
+    with pytest.raises(UserError, match=r"--init .*backbone\.safetensors does not exist"):
+        pretrain(late)
 
 
 @pytest.mark.parametrize(

@@ -82,9 +82,9 @@ class PretrainConfig:
     accumulate: int = 1
     """Parts that each process splits its share of a step into: the same batch in less memory."""
     lr: float | None = None
-    """Peak learning rate (default: the first task's)."""
+    """Peak learning rate (default: the first task's; with sgd 0.1)."""
     weight_decay: float | None = None
-    """Not on biases and norm layers (default: the first task's)."""
+    """Not on biases and norm layers (default: the first task's; with sgd 0.0005)."""
     optimizer: Literal["sgd", "adamw", "muon"] | None = None
     """For the backbone (default: the first task's)."""
     schedule: Literal["cosine", "step"] | None = None

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from unlabel.errors import UserError
 
-__all__ = ["RankLost", "any_rank", "barrier", "from_main", "gathered", "in_turn", "is_main", "mean"]
+__all__ = ["RankLost", "any_rank", "barrier", "from_main", "gathered", "gradients_shared", "in_turn", "is_main", "mean"]
 __all__ += ["naming_the_missing", "pick_device", "rank", "refuse_several"]
-__all__ += ["same_everywhere", "start", "stop", "world_size"]
+__all__ += ["same_everywhere", "start", "stop", "world_size", "wrapped"]
 
 ALIVE_SECONDS = 5.0  # between two signs of life of a process that others wait for
 LOST_SECONDS = 10.0  # that a process waits, once it gave up, for the others to give up too
@@ -263,6 +263,24 @@ def from_main(value: float) -> float:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def wrapped(model: nn.Module, device: torch.device) -> nn.Module:
+    """``model`` in DDP; in one process, itself."""
+    if not dist.is_initialized():
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    # Else DDP lays its buckets out anew after its first step, so that a continued run adds in another order. (Two
+    # numbers have one order only.)
+    ordered = world_size() > 2
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids, find_unused_parameters=ordered)
+
+
+def gradients_shared(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Between processes, gradients are averaged once in a step: with the last of its parts."""
+    if last or not isinstance(model, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()
 
 
 def any_rank(device: torch.device, *flags: bool) -> tuple[bool, ...]:

@@ -190,14 +190,14 @@ def init_of(start: Start, about: dict[str, Any] | None, fetched: Path | None, ha
         return checkpoint.file_sha256(path)
     product, stopped = path / "backbone.safetensors", f"checkpoint of {path.resolve().name}"
     if has_begun and old:
-        from_checkpoint = old.startswith("checkpoint of ")
-        if _SHA256_AT_END.sub("", old) == stopped if from_checkpoint else not product.exists():
+        same_run, was_product = _SHA256_AT_END.sub("", old) == stopped, not old.startswith("checkpoint of ")
+        if same_run or (was_product and not product.exists()):
             return old
     if product.exists():
         return checkpoint.file_sha256(product)
     newest = checkpoint.newest(path / "checkpoints")
     if newest is None:
-        return stopped
+        raise UserError(f"--init {product} does not exist")
     content = f" {checkpoint.file_sha256(newest)}"
     return old if old and old.endswith(content) else stopped + content
 

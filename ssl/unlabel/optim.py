@@ -11,7 +11,11 @@ from torch import nn
 
 from unlabel.muon import Muon
 
-__all__ = ["make_optimizers", "rate_at", "set_rates", "size_at", "size_factor"]
+__all__ = ["UNTUNED", "make_optimizers", "rate_at", "rates_of", "set_rates", "size_at", "size_factor"]
+
+# Peak learning rate and weight decay where nobody gave any. SGD's decay is a gradient, multiplied by the rate; that of
+# AdamW and Muon is taken from the weights beside it: the same number means something else.
+UNTUNED = {"sgd": (0.1, 5e-4), "adamw": (1e-3, 0.05), "muon": (1e-3, 0.05)}
 
 # Share of the steps, share of the image size: the small sizes give many more passes for the same minutes.
 _PROGRESSIVE = ((0.60, 0.625), (0.85, 0.75), (1.0, 1.0))
@@ -50,6 +54,12 @@ def rate_at(progress: float, warmup: float, schedule: str) -> float:
     return 0.2 ** sum(after >= at for at in (0.3, 0.6, 0.8))
 
 
+def rates_of(optimizer: str, known_for: str, lr: float, weight_decay: float) -> tuple[float, float]:
+    """``lr`` and ``weight_decay``, which suit ``known_for``, or those of UNTUNED if ``optimizer`` is another kind."""
+    alike = (optimizer == "sgd") == (known_for == "sgd")  # what suits AdamW suits Muon, and the other way round
+    return (lr, weight_decay) if alike else UNTUNED[optimizer]
+
+
 def _split(params: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     kept = [p for p in params if p.requires_grad]
     return [p for p in kept if p.ndim > 1], [p for p in kept if p.ndim <= 1]
@@ -66,19 +76,21 @@ def make_optimizers(
     """One optimiser per kind asked for. Vectors (biases, norm layers) get no weight decay.
 
     ``muon`` is for the backbone's matrices: its vectors, and the tasks' heads, which it does not pay for, have AdamW.
-    ``precision``, fp32 or bf16, is that of Muon's products.
+    ``precision``, fp32 or bf16, is that of Muon's products. A group with an ``optimizer`` of its own, of another kind
+    than the run's, has rates of that kind (UNTUNED) under its ``lr_scale``.
     """
     groups = [{"params": list(backbone.parameters())}, *task_groups]
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
         options = {k: v for k, v in group.items() if k not in ("params", "optimizer", "lr_scale", "weight_decay")}
-        decay = group.get("weight_decay", weight_decay)
+        base, decay = rates_of(group.get("optimizer", optimizer), optimizer, lr, weight_decay)
+        decay = group.get("weight_decay", decay)
         for params, wd in zip(_split(group["params"]), (decay, 0.0), strict=True):
             if params:
                 kind = group.get("optimizer", optimizer)
                 if kind == "muon" and (group is not groups[0] or params[0].ndim < 2):
                     kind = "adamw"
-                peak = float(lr * group.get("lr_scale", 1.0))  # numpy's kind cannot be in a checkpoint
+                peak = float(base * group.get("lr_scale", 1.0))  # numpy's kind cannot be in a checkpoint
                 entry = {"params": params, "lr": peak, "peak": peak, "weight_decay": wd, **options}
                 by_kind.setdefault(kind, []).append(entry)
     made: list[torch.optim.Optimizer] = []

@@ -109,10 +109,12 @@ def make_plan(
     # Not more than there are images, but two at least: BatchNorm needs a variance.
     shares = world * config.accumulate
     fitting = max(2 * shares, min(recipe.batch_size, n) // shares * shares)
+    optimizer = config.optimizer or recipe.optimizer
+    lr, decay = optim.rates_of(optimizer, recipe.optimizer, recipe.lr, recipe.weight_decay)
     plan = Plan(
         image_size, config.batch_size or fitting, 0,
-        config.lr or recipe.lr, recipe.weight_decay if config.weight_decay is None else config.weight_decay,
-        config.optimizer or recipe.optimizer, config.schedule or recipe.schedule, config.crop or recipe.crop,
+        config.lr or lr, decay if config.weight_decay is None else config.weight_decay,
+        optimizer, config.schedule or recipe.schedule, config.crop or recipe.crop,
         progressive, pick_precision(config.precision, device),
     )  # fmt: skip
     if about is not None:  # a continued run keeps what was resolved then, whatever this machine's speed

@@ -168,7 +168,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
             sync_batchnorm(model, device)
         groups = [g for task in tasks.values() for g in task.param_groups()]
         optimizers = optim.make_optimizers(backbone, groups, plan.optimizer, plan.lr, plan.weight_decay, plan.precision)
-        return _wrap(model, device), optimizers
+        return distributed.wrapped(model, device), optimizers
 
     for passed in range(phase):
         begin(passed)
@@ -226,7 +226,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
             wrapped.train()
             for part in range(config.accumulate):
                 batch = batch_of(step, progress, part)
-                with _gradients_shared(wrapped, part == config.accumulate - 1):
+                with distributed.gradients_shared(wrapped, part == config.accumulate - 1):
                     with autocast(device, plan.precision):
                         loss, values = wrapped(batch)
                     (loss / config.accumulate).backward()
@@ -282,23 +282,6 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     distributed.barrier()
     say(f"{run.path / 'backbone.safetensors'}: {plan.steps} steps, {plan.steps * plan.batch_size:,} images seen")
     return run.path
-
-
-def _gradients_shared(wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-    """Between processes, gradients are averaged once in a step: with the last of its parts."""
-    if last or not isinstance(wrapped, nn.parallel.DistributedDataParallel):
-        return contextlib.nullcontext()
-    return wrapped.no_sync()
-
-
-def _wrap(model: Together, device: torch.device) -> nn.Module:
-    if distributed.world_size() == 1:
-        return model
-    ids = [device.index] if device.type == "cuda" else None
-    # Else DDP lays its buckets out anew after its first step, so that a continued run adds in another order. (Two
-    # numbers have one order only.)
-    ordered = distributed.world_size() > 2
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, find_unused_parameters=ordered)
 
 
 class _CallableModule(types.ModuleType):
