@@ -109,6 +109,9 @@ def compress(config: CompressConfig, load: Load) -> Path:
     tasks = _tasks(config, load)
     size = next(iter(tasks.values())).backbone.spec.image_size
     train = load_cache(open_source(config.train or data_of(config.runs[0])), size, max_skipped=config.max_skipped)
+    if not config.train:  # the run's own images: without those that `compare` had left out of them
+        gone = RunFolder(config.runs[0]).left_out()
+        train = train.subset(np.flatnonzero([h not in gone for h in train.hashes]))
     test = load_cache(open_source(config.data), size, max_skipped=config.max_skipped)
     known = known_among(train, test)
     channels = 1 if is_grey(train.images) and is_grey(test.images) else 3

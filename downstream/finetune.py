@@ -338,10 +338,16 @@ def finetune(
             log_p = predict_logits(fit(learned, trial), Rows(images, held))
             log_p = log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True)
             losses.append(float(-log_p[np.arange(len(held)), y[held]].mean()))
-    best = int(np.argmin(losses)) if losses else 0
+    best = int(np.argmin(np.nan_to_num(losses, nan=np.inf))) if losses else 0  # one may have diverged
     preset = presets[best]
     chosen: dict[str, Any] = {"preset": preset.name, "lr": preset.lr, "steps": preset.steps}
     if losses:
-        chosen["holdout_log_loss"] = [round(v, 4) for v in losses]
+        chosen["holdout_log_loss"] = [round(v, 4) if np.isfinite(v) else None for v in losses]
     edge = len(presets) > 1 and best in (0, len(presets) - 1)
-    return FineTuned(fit(np.arange(len(y)), preset), chosen, edge, sum(p.steps for p in [*trials, preset]))
+    network = fit(np.arange(len(y)), preset)
+    if not all(bool(torch.isfinite(p).all()) for p in network.parameters()):
+        raise UserError(
+            f"fine-tuning ended in weights that are not finite numbers (preset {preset.name}, peak {preset.lr:g}): "
+            "this network does not bear the presets; leave the protocol out, or take another --backbone"
+        )
+    return FineTuned(network, chosen, edge, sum(p.steps for p in [*trials, preset]))

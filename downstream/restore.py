@@ -94,6 +94,8 @@ def _repaired(task: Trained, batch: Any, hidden: Tensor | None, damage: bool) ->
     """Before and after, (N, 3, H, W) in [0, 1] each."""
     if damage:
         shown = task.show(batch)
+        if task.name == "denoising":  # its noise may leave [0, 1], which no picture can
+            return shown["input"], task.restore(shown["input"], None)
         return shown["input"], shown["prediction"]
     after = task.restore(batch.images, hidden)
     before = batch.images

@@ -24,7 +24,9 @@ __all__ = [
     "at_least_float32",
     "denormalise",
     "feature_side",
+    "is_grey",
     "mean_image_error",
+    "mean_of_others",
     "plain_error",
     "resize",
     "squared_error",
@@ -146,9 +148,22 @@ def plain_error(painted: Tensor, images: Tensor) -> Tensor:
     return weighted_error(painted, images, torch.ones_like(images[:, :1]))
 
 
+def mean_of_others(images: Tensor) -> Tensor:
+    """(N, C, H, W): for each image the mean of the others in the batch, which tells nothing of it; of one alone, its
+    mean colour."""
+    if len(images) == 1:
+        return images.mean((2, 3), keepdim=True).expand_as(images)
+    return (images.sum(0, keepdim=True) - images) / (len(images) - 1)
+
+
 def mean_image_error(images: Tensor) -> float:
-    """``plain_error`` of the batch's mean image, for every image: what is left of a code that carries nothing."""
-    return float(plain_error(images.mean(0, keepdim=True).expand_as(images), images))
+    """``plain_error`` of ``mean_of_others``: what is left of a code that carries nothing."""
+    return float(plain_error(mean_of_others(images), images))
+
+
+def is_grey(images: Tensor) -> Tensor:
+    """(N, 1, 1, 1) bool: whether the three channels of an image (N, 3, H, W) in [0, 1] are equal."""
+    return (images - images[:, :1]).abs().amax((1, 2, 3), keepdim=True) < 1e-4
 
 
 def squared_error(backbone: Backbone, prediction: Tensor, images: Tensor, weight: Tensor) -> Tensor:

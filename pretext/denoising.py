@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pretext.damage import DAMAGES
-from pretext.decoder import Decoder, Pyramid, denormalise, feature_side, squared_error, weighted_error
+from pretext.decoder import Decoder, Pyramid, denormalise, feature_side, is_grey, squared_error, weighted_error
 from pretext.task import Batch, PretextTask, Recipe
 from unlabel.backbone import Backbone
 from unlabel.draws import Draws
@@ -55,7 +55,8 @@ def corrupt(images: Tensor, kind: str, level: Tensor, draws: Draws) -> tuple[Ten
     """The noisy images (N, 3, H, W) and which pixels were touched, (N, 1, H, W) bool.
 
     images in [0, 1]; ``level`` (N,), where 0 leaves its image as it is, bit for bit. Gaussian and speckle
-    noise is not clipped to [0, 1]: clipping would make it depend on the image and shift its mean.
+    noise is not clipped to [0, 1]: clipping would make it depend on the image and shift its mean. Images that are grey
+    have grey noise: the mean of three channels, each with its own, would have little of it.
     """
     if kind in DAMAGES:
         return DAMAGES[kind](images, level, draws.stream(kind))
@@ -68,6 +69,7 @@ def corrupt(images: Tensor, kind: str, level: Tensor, draws: Draws) -> tuple[Ten
         value = ((u < level / 2) & (kind == "salt-and-pepper")).to(images.dtype)
         return torch.where(touched, value, images), touched
     noise = draws.stream("noise").normal(channels, height, width) * level
+    noise = torch.where(is_grey(images), noise[:, :1], noise)
     noisy = images + noise if kind == "gaussian" else images + images * noise
     return noisy, (level > 0).expand(n, 1, height, width)
 
@@ -109,7 +111,8 @@ class Denoising(PretextTask):
         """``corrupt`` at this batch's draws."""
         draws = batch.draws.stream("denoising")
         level = self.low + (self.high - self.low) * draws.stream("level").uniform()
-        return corrupt(batch.images, self.config.noise, level, draws)
+        noisy, touched = corrupt(batch.images, self.config.noise, level, draws)
+        return (noisy.clamp(0, 1) if self.config.skips else noisy), touched  # what is to be repaired is a file
 
     def predict(self, noisy: Tensor) -> Tensor:
         """The recovered image (N, 3, H, W), in normalised colours."""

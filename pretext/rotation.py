@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ def residual_block(backbone: Backbone) -> BasicBlock | Bottleneck:
     With BatchNorm where the network has it. One without knows no batch, so that two processes equal one: so here.
     """
     channels = backbone.channels
-    norm: Any = nn.BatchNorm2d if has_batchnorm(backbone) else partial(nn.GroupNorm, math.gcd(8, channels))
+    norm: Any = nn.BatchNorm2d if has_batchnorm(backbone) else lambda n: nn.GroupNorm(math.gcd(8, n), n)
     shortcut = nn.Sequential(nn.Conv2d(channels, channels, 1, stride=2, bias=False), norm(channels))
     if channels > WIDE:
         return Bottleneck(channels, channels // 4, stride=2, downsample=shortcut, norm_layer=norm)

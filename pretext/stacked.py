@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretext.decoder import denormalise, plain_error, resize
+from pretext.decoder import denormalise, is_grey, plain_error, resize
 from pretext.task import Batch, PretextTask, Recipe
 from unlabel.backbone import Backbone, parameter_stages
 from unlabel.draws import Draws
@@ -82,7 +82,7 @@ class Stacked(PretextTask):
         if not (config.greedy or config.joint):
             raise UserError("--stacked.no-greedy --stacked.no-joint: that leaves nothing to train")
         self.stage_of = parameter_stages(backbone)
-        self.cuts, sides = _cuts(backbone)
+        self.cuts, sides, self.positive = _cuts(backbone)
         self.stages = len(backbone.stage_names)
         self.phases = self.stages * bool(config.greedy) + bool(config.joint)
         self.phase, self.settled = 0, []
@@ -123,8 +123,8 @@ class Stacked(PretextTask):
     def corrupt(self, clean: Tensor, draws: Draws, image: bool = False) -> Tensor:
         """(N, C, h, w): image i's by row i of ``draws``. Values of a dense layer have h = w = 1.
 
-        Of an ``image``, a pixel is masked in all channels or in none: the others would give it away, in grey images
-        wholly.
+        Of an ``image``, a pixel is masked in all channels or in none, and if the image is grey, so is its noise: else
+        the other channels would give it away.
         """
         if self.config.noise == "none" or self.config.level == 0:
             return clean
@@ -132,7 +132,12 @@ class Stacked(PretextTask):
             masks = 1 if image else clean.shape[1]
             return torch.where(draws.uniform(masks, *clean.shape[2:]) < self.config.level, 0.0, clean)
         spread = clean.std((1, 2, 3), keepdim=True) if clean[0].numel() > 1 else clean.abs()
-        return clean + self.config.level * spread * draws.normal(*clean.shape[1:]).to(clean.dtype)
+        noise = draws.normal(*clean.shape[1:]).to(clean.dtype)
+        if image:
+            std = self.backbone.get_buffer("std")
+            grey = is_grey(denormalise(self.backbone, clean))
+            noise = torch.where(grey, noise[:, :1] * std.mean() / std, noise)
+        return clean + self.config.level * spread * noise
 
     def stage_outputs(self, normalised: Tensor, cut: int | None, draws: Draws) -> tuple[Tensor, list[Tensor]]:
         """The clean input of stage ``cut`` (None: of none) and every stage's output from a corrupted copy of it."""
@@ -157,8 +162,8 @@ class Stacked(PretextTask):
         """``maps``, the output of ``stage``, back through its decoder and those below it, to ``down_to``'s input."""
         for k in range(stage, down_to - 1, -1):
             maps = self.ups[k](maps, sides[k])
-            if k > down_to:
-                maps = maps.relu()  # what stages put out is not negative, in most networks
+            if k > down_to and self.positive[k - 1]:
+                maps = maps.relu()  # as what that stage puts out is
         return maps.float()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -190,8 +195,9 @@ class Stacked(PretextTask):
         return {"input": next(shown), "target": batch.images, "prediction": next(shown)}
 
 
-def _cuts(backbone: Backbone) -> tuple[list[str], list[int]]:
-    """For each stage but the last, the module that hands its output on; and the side of each stage's output."""
+def _cuts(backbone: Backbone) -> tuple[list[str], list[int], list[bool]]:
+    """For each stage but the last, the module that hands its output on; and of each stage's output, the side, and
+    whether no value is negative (noise is shown)."""
     size, device = backbone.spec.image_size, backbone.get_buffer("mean").device
     given: dict[int, str] = {}
     kept: list[Any] = []  # so that no other tensor gets the same id
@@ -209,7 +215,8 @@ def _cuts(backbone: Backbone) -> tuple[list[str], list[int]]:
     backbone.eval()
     try:
         with torch.no_grad():
-            _, maps = backbone.model.forward_intermediates(torch.zeros(1, 3, size, size, device=device))
+            shown = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+            _, maps = backbone.model.forward_intermediates(shown)
     finally:
         backbone.train(was_training)
         for handle in handles:
@@ -218,4 +225,5 @@ def _cuts(backbone: Backbone) -> tuple[list[str], list[int]]:
     lost = [n for n, m in zip(backbone.stage_names[:-1], stages, strict=False) if id(m) not in given]
     if lost:
         raise UserError(f"stacked cannot take {backbone.spec.name} apart after stage {lost[0]}: another --backbone")
-    return [given[id(m)] for m in stages[:-1]], [int(m.shape[-1]) for m in stages]
+    positive = [bool((m >= 0).all()) for m in stages]
+    return [given[id(m)] for m in stages[:-1]], [int(m.shape[-1]) for m in stages], positive

@@ -20,6 +20,7 @@ from pretext.decoder import GROUPS, Pyramid
 from pretext.task import Batch, PretextTask, Recipe
 from unlabel.backbone import Backbone
 from unlabel.errors import UserError
+from unlabel.mlp import Mlp
 from unlabel.quality import psnr
 
 __all__ = ["SuperResolution", "reduce"]
@@ -58,6 +59,8 @@ class SuperResolution(PretextTask):
             raise UserError(f"--superresolution.scale {config.scale}: 2 or 4")
         if config.width < GROUPS or config.width % GROUPS:
             raise UserError(f"--superresolution.width {config.width}: a multiple of {GROUPS}")
+        if isinstance(backbone.model, Mlp):
+            raise UserError("superresolution needs a ConvNet: dense layers keep no places")
         self.pyramid = Pyramid(backbone, config.width)  # begins as bicubic
 
     def blurred(self, batch: Batch) -> Tensor:

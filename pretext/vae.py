@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pretext.code import Code, bernoulli_divergence
-from pretext.decoder import mean_image_error, plain_error
+from pretext.decoder import mean_image_error, mean_of_others, plain_error
 from pretext.task import Batch, PretextTask, Recipe
 from unlabel.backbone import Backbone
 from unlabel.errors import UserError
@@ -130,10 +130,9 @@ class VAE(PretextTask):
         }
 
     def trivial(self, batch: Batch) -> dict[str, float]:
-        """The mean image of the batch for every image, with a code that carries nothing."""
+        """For each image the mean of the others in the batch, with a code that carries nothing."""
         images = batch.images
-        mean = images.mean(0, keepdim=True).expand_as(images)
-        bound = self.missed(mean.clamp(1e-6, 1 - 1e-6).logit(), images).mean()
+        bound = self.missed(mean_of_others(images).clamp(1e-6, 1 - 1e-6).logit(), images).mean()
         return {"bound": float(bound), "error": mean_image_error(images), "information": 0.0, "alive": 0.0}
 
     @torch.no_grad()

@@ -45,6 +45,7 @@ from unlabel.init import Start, fetch, load_start, start_beside, start_of, write
 from unlabel.memory import keep_freed_memory
 from unlabel.plan import EPOCHS, check_settings
 from unlabel.pretrain import pretrain
+from unlabel.report_text import CONTROLS
 from unlabel.runfolder import RunFolder, commit, hardware, versions
 from unlabel.sources import open_source
 from unlabel.start import refuse_odd_out
@@ -202,6 +203,8 @@ def _with_controls(arms: list[ev.Arm], config: FewLabels, label_free: bool) -> l
             controls.append(ev.Arm("random", "random", tuple(most.seeds)))
         arms = arms + controls
     names = [arm.name for arm in arms]
+    if taken := sorted({arm.name for arm in arms if arm.kind == "backbone"} & CONTROLS.keys()):
+        raise UserError(f"an arm is called {taken[0]!r}, as a control is: rename its folder")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"two arms are called {twice[0]!r} (tasks, --also folders and controls): rename a folder")

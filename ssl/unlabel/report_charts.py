@@ -209,7 +209,7 @@ def run_panels(runs: Sequence[Run], style: Style) -> list[Panel]:
         if not group:
             losses = curves
         trivial = [y for run in runs for _, y in _series(run, "trivial", key)]
-        lines = [Line(n, style, thin(p), marked=len(p) == 1) for n, p in curves.items()]
+        lines = [Line(n, style, thin(p), marked=len(p) == 1, percent=False) for n, p in curves.items()]
         # The first steps may tower over the rest; they stop at the edge of the chart.
         settled = [y for p in curves.values() for _, y in p[len(p) // 30 :]]
         level = [sum(trivial) / len(trivial)] if trivial else []

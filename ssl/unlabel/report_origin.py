@@ -190,8 +190,11 @@ def reading(results: dict[str, Any]) -> str:
         over = "It covers other test images of the same kind, and not the luck of the one draw of labels. "
     elif any(one):
         over += "Where there is one draw only (all labels), it covers other test images, and not that draw's luck. "
-    if any(row.get("unit") == "seed" for row in summary):
-        over += "It also covers pretraining again from another seed. It does not cover other data."
+    by_seed = [row.get("unit") == "seed" for row in summary]
+    if any(by_seed):
+        over += "It also covers pretraining again from another seed"
+        over += ". " if all(by_seed) else ", where an arm has three seeds or more. "
+        over += "It does not cover other data."
     else:
         over += (
             "It is for the backbone that was trained here: pretraining again from another seed gives another "

@@ -49,7 +49,9 @@ def head(results: dict[str, Any]) -> str:
             found = find(rows_of(results, "summary"), arm=name, **same)
             texts += [f"{escape(str(name))} {_interval(found)}"] if found else []
         if texts:
-            about = f"{escape(protocol_name(row.get('protocol')))}, {labels_phrase(row.get('labels_per_class'))}"
+            about = (
+                f"{escape(protocol_name(row.get('protocol')))}, {escape(labels_phrase(row.get('labels_per_class')))}"
+            )
             parts.append(f"<p>% right on the test images ({about}): {'; '.join(texts)}.</p>")
     warnings = origin.get("warnings")
     lines = [typeset(str(text)) for text in warnings] if isinstance(warnings, list) else []
