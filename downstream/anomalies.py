@@ -42,6 +42,7 @@ from unlabel.pictures import sheet, write_png
 from unlabel.precision import autocast, pick_precision
 from unlabel.report_html import html_table, show
 from unlabel.sources import open_source
+from unlabel.start import refuse_odd_out
 
 __all__ = ["anomalies", "score_images"]
 
@@ -125,6 +126,8 @@ def anomalies(config: AnomaliesConfig, load: Load) -> Path:
     """Writes anomalies.csv (strangest first), anomalies.png, anomalies.html; and, with --normal, auroc.json."""
     if config.labels and not config.test:
         raise UserError("--labels is for the --test images: give some")
+    out = config.out or config.run / "anomalies"
+    refuse_odd_out(out, (*config.data, *(config.test or ())))
     device = pick_device(config.device)
     backbone, task = load_backbone(config.run).to(device), load(config.run, None, device)
     size = backbone.spec.image_size
@@ -138,7 +141,7 @@ def anomalies(config: AnomaliesConfig, load: Load) -> Path:
         what = f"{known} --test images are near-duplicates of --data images"
         print(f"note: {what}, and look normal for that reason alone")
     scores = score_images(task, backbone, normal, test, same=not config.test)
-    out, first = config.out or config.run / "anomalies", next(iter(scores))
+    first = next(iter(scores))
     order = np.argsort(-scores[first], kind="stable")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

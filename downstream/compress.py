@@ -33,6 +33,7 @@ from unlabel.report_html import html_figure, html_table, show
 from unlabel.report_plots import Axis, Line, Panel, Point, Style, nice_axis
 from unlabel.runfolder import RunFolder, commit, hardware, versions
 from unlabel.sources import open_source
+from unlabel.start import refuse_odd_out
 
 __all__ = ["code_length", "compress", "data_of", "squared_error"]
 
@@ -106,6 +107,8 @@ def _channels(painted: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 def compress(config: CompressConfig, load: Load) -> Path:
     """Every run's code beside as many principal components: compression.json, compression.html, examples.png."""
+    out = config.out or config.runs[0] / "compression"
+    refuse_odd_out(out, (*config.data, *(config.train or ())))
     tasks = _tasks(config, load)
     size = next(iter(tasks.values())).backbone.spec.image_size
     train = load_cache(open_source(config.train or data_of(config.runs[0])), size, max_skipped=config.max_skipped)
@@ -120,7 +123,6 @@ def compress(config: CompressConfig, load: Load) -> Path:
     if len(train) < 2:
         raise UserError("principal components need two images at least: give more by --train")
     points, painted = measure(tasks, train, test, channels)
-    out = config.out or config.runs[0] / "compression"
     about = {
         "images": len(test),
         "pixels": size * size,

@@ -24,6 +24,7 @@ from unlabel.page import figure, write_page
 from unlabel.pictures import scatter, write_png
 from unlabel.report_html import colour_key, show
 from unlabel.sources import open_source
+from unlabel.start import refuse_odd_out
 
 __all__ = ["draw_map", "flat", "neighbours_agree"]
 
@@ -53,6 +54,8 @@ def neighbours_agree(at: np.ndarray, labels: list[str]) -> float:
 
 def draw_map(config: MapConfig, load: Load) -> Path:
     """Writes map.png, map.csv (name, x, y) and map.html."""
+    out = config.out or config.run / "map"
+    refuse_odd_out(out, config.data)
     device = pick_device(config.device)
     backbone = load_backbone(config.run).to(device)
     source = open_source(config.data, config.labels)
@@ -70,7 +73,7 @@ def draw_map(config: MapConfig, load: Load) -> Path:
             raise UserError(f"the code has {at.shape[1]} numbers, not two: --method tsne or pca")
     else:
         at = flat(embed(backbone, cache.images, progress="features"), config.method)
-    return write_map(config.out or config.run / "map", at, cache, config.method, backbone.spec.image_size)
+    return write_map(out, at, cache, config.method, backbone.spec.image_size)
 
 
 def write_map(out: Path, at: np.ndarray, cache: ImageCache, method: str, size: int) -> Path:

@@ -16,6 +16,7 @@ from unlabel.draws import mix
 from unlabel.errors import UserError
 from unlabel.pictures import sheet, to_uint8, write_png
 from unlabel.sources import open_source
+from unlabel.start import refuse_odd_out
 
 __all__ = ["sample", "walk"]
 
@@ -25,11 +26,13 @@ SIDE, WALKS = 10, 6  # images per row and column; pairs of images
 def sample(config: SampleConfig, load: Load) -> Path:
     """samples.png: codes drawn from the prior. walk.png: in each row an image, steps on the straight line from its
     code to another's, and that other image."""
+    out = config.out or config.run / "samples"
+    refuse_odd_out(out, config.data or ())
     device = pick_device(config.device)
     task = load(config.run, None, device)
     if not task.prior:
         raise UserError(f"{task.name} has no distribution to draw codes from: train vae")
-    size, out = task.backbone.spec.image_size, config.out or config.run / "samples"
+    size = task.backbone.spec.image_size
     generator = torch.Generator().manual_seed(mix(config.seed, "samples") >> 1)
     cache = load_cache(open_source(config.data or data_of(config.run)), size, max_skipped=1.0)
     if len(cache) < 2:

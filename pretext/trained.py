@@ -23,7 +23,8 @@ def load_trained(run: Path, name: str | None = None, device: torch.device | str 
     UserError where the run is not finished or its checkpoints are gone.
     """
     backbone = load_backbone(run)
-    settings = (RunFolder(run).read() or {}).get("settings", {})
+    about = RunFolder(run).read() or {}
+    settings = about.get("settings", {})
     names = settings.get("tasks")
     if not names:
         raise UserError(f"{run / 'config.json'} names no task: is {run} a run's folder?")
@@ -36,7 +37,7 @@ def load_trained(run: Path, name: str | None = None, device: torch.device | str 
             f"{run} has no checkpoint any more, and only those hold what a task has learned beside the backbone"
         )
     cls = load_task(name)
-    own = settings.get("task_settings", {}).get(name, {})
+    own = about.get("resolved", {}).get("tasks", settings.get("task_settings", {})).get(name, {})
     try:
         config = cls.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
     except TypeError as error:

@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 import zlib
 from pathlib import Path
@@ -429,6 +430,52 @@ def test_an_image_that_was_repaired_is_looked_at_again(tmp_path: Path, cache_fol
     for _ in range(2):
         cache = load_cache(open_source(str(folder)), 32, progress=False)
         assert (len(cache), cache.skipped, len(list(cache_folder.iterdir()))) == (3, [], 2)  # the old one may be in use
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_an_image_that_was_changed_is_packed_anew(
+    archive: bool, tmp_path: Path, cache_folder: Path, monkeypatch
+) -> None:
+    """Its name and its size are what they were, as a bitmap's always are."""
+    (folder := tmp_path / "f").mkdir()
+    for i in range(6):
+        Image.fromarray(picture(i)).save(folder / f"{i}.bmp")
+    monkeypatch.setattr("unlabel.sources._SAMPLE", 1)  # so that the key does not know of it
+
+    def listed(mtime: float):
+        if not archive:
+            return open_source(str(folder))
+        with tarfile.open(tmp_path / "f.tar", "w") as tar:
+            tar.add(folder, arcname=".")
+        os.utime(tmp_path / "f.tar", (mtime, mtime))
+        return open_source(str(tmp_path / "f.tar"))
+
+    before, decoded, real, now = listed(time.time() - 9), [], packing._pack_one, time.time()
+    first = load_cache(before, 32, progress=False)
+    monkeypatch.setattr(packing, "_pack_one", lambda *args, **more: decoded.append(1) or real(*args, **more))
+    assert load_cache(listed(now - 9), 32, progress=False).hashes == first.hashes
+    assert not decoded
+    Image.fromarray(picture(99)).save(folder / "4.bmp")
+    os.utime(folder / "4.bmp", (now + 50, now + 50))
+    changed = listed(now + 50)
+    assert changed.fingerprint == before.fingerprint
+    second = load_cache(changed, 32, progress=False)
+    assert [a == b for a, b in zip(first.hashes, second.hashes, strict=True)] == [True] * 4 + [False, True]
+    assert not np.array_equal(second.images[4], first.images[4])
+    assert len(list(cache_folder.iterdir())) == 2  # the old one may be in use
+    # What is only younger, as after copying, is looked at once, and nothing is packed.
+    for i in range(6):
+        os.utime(folder / f"{i}.bmp", (now + 99, now + 99))
+    copied = listed(now + 99)
+    assert load_cache(copied, 32, progress=False).hashes == second.hashes
+    decoded.clear()
+    Image.fromarray(picture(4)).save(folder / "4.bmp")  # as it was at first
+    os.utime(folder / "4.bmp", (now + 200, now + 200))
+    for looked in (True, False):
+        assert load_cache(listed(now + 200), 32, progress=False).hashes == first.hashes
+        assert bool(decoded) is looked
+        decoded.clear()
+    assert len(list(cache_folder.iterdir())) == 2
 
 
 @pytest.mark.parametrize(("code", "times", "found"), [(errno.EIO, 2, 3), (errno.EIO, 99, 2), (errno.EMFILE, 99, None)])

@@ -87,3 +87,11 @@ def test_nothing_to_look_at_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "b.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(range(40)))
     with pytest.raises(UserError, match=r"2 of 2 images .*a.png: not an image; b.heic: HEIC or JPEG XL, .* JPEG"):
         run_check(str(tmp_path))
+
+
+def test_where_nothing_can_be_read_no_limit_would_help(tmp_path: Path) -> None:
+    (tmp_path / "f").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "f" / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"2 of 2 images .*\); repair them, or give another source$"):
+        check(open_source(str(tmp_path / "f")), progress=False)

@@ -695,6 +695,17 @@ def test_arms_have_names_of_their_own(compared: Path, digits_folder: Path, tmp_p
     assert main([*compare_command(digits_folder, tmp_path / "out"), "--also", str(tmp_path / "gone")]) == 2
 
 
+@pytest.mark.parametrize("name", ["scratch", "random"])
+def test_no_arm_is_called_as_a_control_is(name: str, compared: Path, digits_folder: Path, tmp_path: Path, capsys):
+    """Nor where there are no controls: a report would take it for one."""
+    shutil.copytree(compared / "runs" / "rotation-seed0", tmp_path / name)
+    command = [*compare_command(digits_folder, tmp_path / "out"), "--also", str(tmp_path / name)]
+    for flags in ([], ["--no-controls"]):
+        assert main([*command, *flags]) == 2
+        assert f"an arm is called {name!r}, as a control is" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("runs/*/metrics.jsonl"))
+
+
 def test_label_counts_default_to_what_there_is():
     config = EvaluateConfig(run=Path(), train="x")
     assert label_counts(config, np.arange(40) % 2) == (1, 10)

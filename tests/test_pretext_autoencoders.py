@@ -14,7 +14,7 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from pretext.autoencoder import Autoencoder
 from pretext.code import bernoulli_divergence
-from pretext.decoder import Decoder
+from pretext.decoder import Decoder, mean_image_error, mean_of_others
 from pretext.task import Batch
 from pretext.vae import VAE, divergence
 from unlabel.backbone import build_backbone
@@ -210,3 +210,34 @@ def test_more_channels_in_the_decoder():
     assert many > 2 * few
     with pytest.raises(UserError, match="channels 12"):
         autoencoder(channels=12)
+
+
+def test_the_mean_of_others_against_a_loop():
+    images = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for image, found in zip(range(5), mean_of_others(images), strict=True):
+        want = np.mean([images[k].numpy() for k in range(5) if k != image], axis=0)
+        np.testing.assert_allclose(found.numpy(), want, atol=1e-6)
+    alone = mean_of_others(images[:1])  # there are no others: its mean colour
+    want = images[0].numpy().mean((1, 2), keepdims=True)
+    np.testing.assert_allclose(alone[0].numpy(), np.broadcast_to(want, (3, 4, 4)), atol=1e-6)
+
+
+def test_the_trivial_error_knows_nothing_of_the_image():
+    """Of a black and a white image, all of it is wrong; of a few images, it is no less than of many."""
+    black_and_white = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    assert mean_image_error(black_and_white) == 1.0
+    generator = torch.Generator().manual_seed(0)
+    errors = [mean_image_error(torch.rand(4, 3, 8, 8, generator=generator)) for _ in range(400)]
+    assert np.mean(errors) == pytest.approx(1 / 12 * 4 / 3, rel=0.01)  # a uniform number's variance, and a third more
+    assert mean_image_error(torch.rand(400, 3, 8, 8, generator=generator)) == pytest.approx(1 / 12, rel=0.01)
+
+
+def test_the_trivial_bound_is_of_the_others():
+    """The variational one's, too: of two images each is painted as the other is."""
+    task, images = vae(code=3, likelihood="gaussian", deviation=0.2), torch.rand(2, 3, 8, 8)
+    want = float((images[0] - images[1]).square().sum()) / 0.08 + images[0].numel() * math.log(
+        0.2 * math.sqrt(2 * math.pi)
+    )
+    trivial = task.trivial(batch_of(images))
+    assert trivial["bound"] == pytest.approx(want, rel=1e-3)
+    assert trivial["error"] == pytest.approx(float((images[0] - images[1]).square().mean()), rel=1e-5)

@@ -37,6 +37,15 @@ def test_seventy_two_use_every_place_equally():
         assert (perms[:, place] == tile).sum() == 8
 
 
+def test_of_a_hundred_no_place_tells_the_permutation():
+    """Every tile is in every place, and in none of them in more than a third of the permutations."""
+    perms = permutations(100)
+    for tile in range(9):
+        counts = np.bincount((perms == tile).argmax(1), minlength=9)
+        assert counts.min() >= 1
+        assert counts.max() <= 33
+
+
 def test_tiles_of_96_pixels_are_28_with_gaps_and_standardised():
     images = torch.rand(3, 3, 96, 96)
     at = torch.randint(0, 5, (3, 9, 2), generator=torch.Generator().manual_seed(0))

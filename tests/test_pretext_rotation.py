@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from pretext.rotation import Rotation, pairwise_accuracy
+from pretext.rotation import Rotation, pairwise_accuracy, residual_block
 from pretext.task import Batch
 from unlabel.augment import four_rotations, random_view
 from unlabel.backbone import build_backbone
@@ -107,3 +108,13 @@ def test_the_head_is_not_exported():
     own = {id(p) for p in task.parameters()}
     assert own
     assert own.isdisjoint(id(p) for p in task.backbone.parameters())
+
+
+def test_a_wide_block_without_batchnorm_takes_any_channels():
+    """A quarter of 1,040 channels is 260, which is no multiple of 8: four groups then, and not eight."""
+    backbone = nn.Conv2d(3, 1040, 1)
+    backbone.channels = 1040  # type: ignore[assignment]
+    block = residual_block(backbone)  # type: ignore[arg-type]
+    assert block(torch.rand(2, 1040, 8, 8)).shape == (2, 1040, 4, 4)
+    norms = {(m.num_groups, m.num_channels) for m in block.modules() if isinstance(m, nn.GroupNorm)}
+    assert norms == {(8, 1040), (4, 260)}

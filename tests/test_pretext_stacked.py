@@ -11,6 +11,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from pretext.decoder import denormalise
 from pretext.stacked import Stacked
 from pretext.task import Batch
 from pretext.trained import load_trained
@@ -126,6 +127,45 @@ def test_noise_is_as_strong_as_asked_for(colour_photos: torch.Tensor):
     noise = make(noise="gaussian", level=0.3).corrupt(images, draws) - images
     assert torch.allclose(noise.std((1, 2, 3)) / images.std((1, 2, 3)), torch.tensor(0.3), rtol=0.05)
     assert torch.equal(make(noise="none").corrupt(images, draws), images)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto"])
+def test_a_grey_image_has_grey_noise(backbone: str, colour_photos: torch.Tensor):
+    """As a person sees it: what the network gets is normalised by another deviation in each channel."""
+    task = make(backbone, noise="gaussian", level=0.5)
+    mean, std = (task.backbone.get_buffer(k) for k in ("mean", "std"))
+    assert len(set(std.flatten().tolist())) == 3
+    images = colour_photos[:4].clone()
+    images[::2] = images[::2].mean(1, keepdim=True)
+    normalised = task.backbone.normalise(images)
+    noise = task.corrupt(normalised, batch_of(images).draws, image=True) - normalised
+    shown = (normalised + noise) * std + mean  # unlike denormalise, which clips
+    assert torch.allclose(shown[::2], shown[::2, :1].expand(-1, 3, -1, -1), atol=1e-5)
+    assert (shown[1::2] - shown[1::2, :1]).abs().mean((2, 3))[:, 1:].min() > 0.05
+    assert torch.allclose(noise.std((1, 2, 3)) / normalised.std((1, 2, 3)), torch.tensor(0.5), rtol=0.1)
+    clipped = denormalise(task.backbone, normalised + noise)[::2]
+    assert torch.allclose(clipped, clipped[:, :1].expand(-1, 3, -1, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("backbone", "positive"), [("small", True), ("resnet18", True), ("convnext_atto", False)])
+def test_what_is_recovered_is_signed_as_the_stage_is(backbone: str, positive: bool, colour_photos: torch.Tensor):
+    """Between two decoders negative values are cut off where the stage below has none, and there alone."""
+    task = make(backbone).eval()
+    task.backbone.eval()
+    assert len(task.positive) == task.stages
+    assert all(task.positive) == positive
+    images = task.backbone.normalise(colour_photos[:4])
+    _, outputs = task.stage_outputs(images, None, batch_of(colour_photos[:4]).draws)
+    sides = [images.shape[-1], *(o.shape[-1] for o in outputs)]
+    with torch.no_grad():
+        assert bool((outputs[0] >= 0).all()) == positive
+        between = task.ups[1](outputs[1], sides[1])
+        assert between.min() < 0
+        cut = between.relu()
+        signed, unsigned = (task.ups[0](maps, sides[0]) for maps in (between, cut))
+        found = task.recovered(outputs[1], 1, 0, sides)
+    assert not torch.allclose(signed, unsigned, atol=1e-4)
+    assert torch.allclose(found, unsigned if positive else signed, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

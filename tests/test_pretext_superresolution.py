@@ -68,3 +68,5 @@ def test_wrong_settings():
     for settings in ({"scale": 3}, {"width": 12}, {"width": 0}):
         with pytest.raises(UserError, match="superresolution"):
             make(**settings)
+    with pytest.raises(UserError, match="dense layers keep no places"):
+        SuperResolution(build_backbone("mlp:24-12", 32), SuperResolution.Config())

@@ -425,6 +425,45 @@ def test_out_inside_data_is_refused(digits_folder: Path, tmp_path: Path):
         pretrain(settings(digits_folder, digits_folder / "runs" / "a", "rotation"))
 
 
+def test_a_folder_that_is_no_runs_is_left_as_it_is(digits_folder: Path, tmp_path: Path):
+    """Whatever is refused, and whatever is in the way."""
+    for name, text in (("metrics.jsonl", '{"mine": 1}'), ("backbone.safetensors", "mine")):
+        (folder := tmp_path / name.replace(".", "-")).mkdir()
+        (folder / name).write_text(text)
+        (folder / ".draft.tmp").write_text("mine, too")
+        with pytest.raises(UserError, match="no run's folder"):
+            pretrain(settings(digits_folder, folder, "rotation"))
+        assert {p.name: p.read_text() for p in folder.iterdir()} == {name: text, ".draft.tmp": "mine, too"}
+        (folder / name).unlink()
+        (folder / ".config.json.123.tmp").write_text("of a process that was killed")
+        with checkpoint.lock(folder):
+            assert {p.name for p in folder.iterdir()} == {".draft.tmp", ".lock"}
+
+
+def test_every_setting_of_a_task_is_kept(digits_folder: Path, tmp_path: Path, monkeypatch):
+    """Also those that were not given: with another version's defaults it would go on as another run."""
+    config = settings(digits_folder, tmp_path / "run", "rotation", task_settings={"rotation": {"grey": 0.5}})
+    killed_at(monkeypatch, config, saves=1)
+    about = json.loads((config.out / "config.json").read_text())
+    assert about["resolved"]["tasks"] == {"rotation": {"blocks": 1, "jitter": 0.3, "grey": 0.5}}
+    about["resolved"]["tasks"]["rotation"]["blocks"] = 2
+    (config.out / "config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="other defaults"):
+        pretrain(config)
+    del about["resolved"]["tasks"]  # begun by an earlier version
+    (config.out / "config.json").write_text(json.dumps(about))
+    pretrain(config)
+    about = json.loads((config.out / "config.json").read_text())
+    own = {"blocks": 1, "jitter": 0.7, "grey": 0.5}
+    (config.out / "config.json").write_text(
+        json.dumps({**about, "resolved": {**about["resolved"], "tasks": {"rotation": own}}})
+    )
+    assert load_trained(config.out).config.jitter == 0.7
+    (config.out / "config.json").write_text(json.dumps({**about, "resolved": {**about["resolved"], "tasks": [1]}}))
+    with pytest.raises(UserError, match="not a run's config"):
+        load_trained(config.out)
+
+
 def test_init_may_lie_elsewhere_when_the_run_is_continued(digits_folder: Path, tmp_path: Path, monkeypatch):
     first = pretrain(settings(digits_folder, tmp_path / "first", "rotation", epochs=0.1))
     config = settings(digits_folder, tmp_path / "second", "rotation", init=first)

@@ -18,9 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unlabel import report_plots as plots
 from unlabel.errors import UserError
 from unlabel.report import accuracy_svg, answer, format_table, write_report
+from unlabel.report_charts import Run, run_panels
 from unlabel.report_origin import reading
+from unlabel.report_results import head
 from unlabel.report_text import title
 
 LABELS = (10, 50, 250)
@@ -416,6 +419,35 @@ def test_how_to_read_one_draw(draws: tuple[int, int], said: str) -> None:
     assert said in text
     assert ("covers other draws of labels" in text) == (draws[0] == 10)
     assert ("luck" in text.partition("Two bands")[0]) == (1 in draws)
+
+
+@pytest.mark.parametrize(("units", "said"), [(("seed", "seed"), False), (("seed", "draw"), True)])
+def test_how_to_read_one_seed_beside_three(units: tuple[str, str], said: bool) -> None:
+    """Not every interval on the page is over seeds where an arm has one only."""
+    row = {"arm": "rotation", "protocol": "knn", "n_draws": 10}
+    text = reading({"summary": [{**row, "unit": unit} for unit in units]})
+    assert "pretraining again from another seed" in text
+    assert ("where an arm has three seeds or more" in text) == said
+    assert "for the backbone that was trained here" not in text
+
+
+@pytest.mark.parametrize("lines", [1, 2])
+def test_a_loss_is_not_per_cent(lines: int) -> None:
+    """A run with a single line shows it as a point, with its value beside it."""
+    logged = [{"epoch": 0.1 * k, "loss": 1.386, "metrics": {"rotation/accuracy": 0.25}} for k in range(lines)]
+    panels = run_panels([Run("rotation-seed0", "rotation", Path(), {}, logged)], plots.Style("a0"))
+    assert [panel.title for panel in panels] == ["loss", "rotation/accuracy"]
+    drawn = [plots.draw(panel) for panel in panels]
+    assert "%" not in "".join(drawn)
+    assert ("<title>rotation-seed0: 1.386</title>" in drawn[0]) == (lines == 1)
+    assert ("<title>rotation-seed0: 0.25</title>" in drawn[1]) == (lines == 1)
+
+
+def test_labels_per_class_from_strangers_stay_text() -> None:
+    text = head(only(0.1, 0.05, 0.15, labels_per_class=EVIL))
+    assert "% right on the test images" in text
+    assert "<script" not in text
+    assert _Page(text).text.count(EVIL) == 3  # in the headline, the answer, and the accuracies
 
 
 def test_answer_picks_the_named_comparison(results: dict[str, Any]) -> None:

@@ -288,6 +288,42 @@ def test_labels_from_a_csv(tmp_path: Path) -> None:
     assert labelled("cat/a.png,x\ndog/a.png,y\n") == {"cat/a.png": "x", "dog/a.png": "y"}
 
 
+def test_a_row_belongs_to_the_source_whose_whole_name_it_is(tmp_path: Path) -> None:
+    """And not to an image in a folder of the other source that is called so."""
+    train = str(make_folder(tmp_path / "train", {f"2023/IMG_{i}.png": image_bytes(i) for i in (1, 2, 9)}))
+    test = str(make_folder(tmp_path / "test", {f"IMG_{i}.png": image_bytes(10 + i) for i in (1, 3)}))
+    (csv := tmp_path / "labels.csv").write_text("2023/IMG_9.png,cat\nIMG_2.png,dog\nIMG_1.png,dog\n./IMG_3.png,cat\n")
+
+    def labelled(one: str, other: str) -> dict[str, str]:
+        source = open_source(one, csv, elsewhere=open_source(other).names)
+        return dict(zip(source.names, source.require_labels(), strict=True))
+
+    assert labelled(train, test) == {"2023/IMG_9.png": "cat", "2023/IMG_2.png": "dog"}
+    assert labelled(test, train) == {"IMG_1.png": "dog", "IMG_3.png": "cat"}
+    csv.write_text("2023/IMG_1.png,cat\n2023/IMG_2.png,dog\n")
+    assert labelled(train, test) == {"2023/IMG_1.png": "cat", "2023/IMG_2.png": "dog"}
+    with pytest.raises(UserError, match=r"no labels of images such as 'IMG_1.png', only of the other source's"):
+        labelled(test, train)
+
+
+def test_a_labelled_image_that_cannot_be_opened_is_there(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "f", {f"{i}.png": image_bytes(i) for i in range(3)})
+    (folder / "2.png").unlink()
+    (folder / "2.png").symlink_to(tmp_path / "gone.png")
+    (csv := tmp_path / "labels.csv").write_text("0.png,a\n1.png,b\n2.png,b\n")
+    source = open_source(str(folder), csv)
+    assert (source.names, source.skipped) == (["0.png", "1.png"], [("2.png", "link to nowhere")])
+
+
+def test_links_in_an_archive_that_are_no_images_are_as_in_a_folder(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        add(tar, "0.png", image_bytes(0))
+        for name in ("notes.txt", ".current", "link.png"):
+            add(tar, name, type=tarfile.SYMTYPE, linkname="0.png")
+    source = open_source(str(tmp_path / "x.tar"))
+    assert ([name for name, _ in source.skipped], source.ignored) == (["link.png"], 1)
+
+
 def test_what_is_not_labelled_may_be_broken(tmp_path: Path) -> None:
     """One link among the unlabelled is no hundredth of sixty labels."""
     archive = make_tar(tmp_path / "x.tar", {f"{i}.png": image_bytes(i) for i in range(20)})

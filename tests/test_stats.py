@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from scipy.stats import norm, t
+from scipy.stats import beta, norm, t
 
+from downstream import stats
 from downstream.stats import alike, paired, summarise, verdict
 from unlabel.errors import UserError
 
@@ -194,3 +195,36 @@ def test_results_that_do_not_vary_have_an_interval_all_the_same():
     same = paired(right, right, np.arange(20))
     assert verdict(same.ci_low, same.ci_high) == "cannot tell with these labels"
     assert same.ci_high == pytest.approx(1 - 0.025 ** (1 / 20))
+
+
+def test_one_wrong_answer_is_not_surer_than_none():
+    """Ten draws of 20 images, one of the 200 answers wrong: the exact bound of Clopper and Pearson, at least."""
+    right = np.ones((10, 20), bool)
+    none = summarise(right, np.arange(20))
+    right[3, 7] = False
+    one = summarise(right, np.arange(20))
+    assert one.mean == 0.995
+    assert one.ci_low <= beta.ppf(0.025, 19.9, 1.1)
+    assert one.ci_high >= beta.ppf(0.975, 20.9, 0.1)
+    assert one.ci_high - one.ci_low >= 0.8 * (none.ci_high - none.ci_low)
+    wrong = summarise(~right, np.arange(20))
+    assert (wrong.ci_low, wrong.ci_high) == pytest.approx((1 - one.ci_high, 1 - one.ci_low), abs=1e-9)
+
+
+def test_near_100_percent_covers_at_least_93():
+    """Two images in a hundred are always wrong, the others seldom."""
+    rng = np.random.default_rng(0)
+    hits = []
+    for _ in range(400):
+        always = rng.random(100) < 0.02
+        e = summarise(~(always | (rng.random((10, 100)) < 0.005)), np.arange(100), n_resamples=200)
+        hits.append(e.ci_low <= 0.98 * 0.995 <= e.ci_high)
+    assert np.mean(hits) >= 0.93
+
+
+def test_where_many_are_wrong_the_exact_bound_does_not_count(monkeypatch):
+    """It knows one draw only, and would be far too wide where the draws differ."""
+    correct = np.random.default_rng(0).random((10, 400)) >= 0.3
+    e = summarise(correct, np.arange(400))
+    monkeypatch.setattr(stats, "RARE", 0)
+    assert summarise(correct, np.arange(400)) == e

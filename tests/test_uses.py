@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,13 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from downstream import anomalies as an
+from downstream import compress as co
 from downstream.compress import code_length, squared_error
 from downstream.feature_map import flat, neighbours_agree
 from downstream.features import is_grey, pixels_of
 from downstream.gallery import surest
+from downstream.restore import _repaired
+from pretext.denoising import Denoising
 from pretext.task import Batch
 from pretext.trained import load_trained
 from unlabel.augment import clean
@@ -142,6 +146,28 @@ def test_compress_writes_what_scikit_learn_says(runs, digits_folder: Path, tmp_p
     assert found["known"] == len(cache)  # it was trained on these very images
     assert f"note: {len(cache):,} --data images are near-duplicates" in printed
     assert f"{len(cache):,} --data images are near-duplicates" in page
+
+
+def test_compress_leaves_out_what_the_run_did(runs, digits_folder: Path, tmp_path: Path, monkeypatch):
+    """Components are fitted to what the run saw, which lacks what `compare` tests on; or to --train, all of it."""
+    fitted: list[list[str]] = []
+    real = co.measure
+
+    def watched(tasks, train, test, channels):
+        fitted.append(sorted(train.hashes))
+        return real(tasks, train, test, channels)
+
+    monkeypatch.setattr(co, "measure", watched)
+    cache = load_cache(open_source(str(digits_folder)), SIZE, progress=False)
+    run, gone = tmp_path / "run", set(cache.hashes[::5])
+    shutil.copytree(runs("autoencoder", "--autoencoder.code", "8", "--autoencoder.loss", "mse"), run)
+    (run / "excluded.txt").write_text("".join(f"{h}\n" for h in sorted(gone)))
+    command = ["compress", str(run), "--data", str(digits_folder), "--out", str(tmp_path / "out")]
+    for flags in ([], ["--train", str(digits_folder)]):
+        assert main([*command, *flags]) == 0
+        found = json.loads((tmp_path / "out" / "compression.json").read_text())
+        assert found["fitted_on"] == len(fitted[-1])
+    assert fitted == [sorted(h for h in cache.hashes if h not in gone), sorted(cache.hashes)]
 
 
 # ---------------------------------------------------------------- anomalies
@@ -312,6 +338,22 @@ def test_restore_what_was_damaged(task: str, runs, digits_folder: Path, tmp_path
     assert 0 < about["ssim_after"] < 1
     if task == "superresolution":
         assert about["psnr_after"] > about["psnr_before"]
+
+
+def test_restored_is_the_noisy_picture_that_is_shown(runs, digits_folder: Path):
+    """Noise leaves [0, 1] and a picture cannot: what is repaired is the picture, as from a file."""
+    task = load_trained(runs("denoising"))
+    assert isinstance(task, Denoising)
+    cache = load_cache(open_source(str(digits_folder)), SIZE, progress=False)
+    batch = next(task.batches(cache.images[:8], cache.hashes[:8]))
+    noisy, shown = task.noisy(batch)[0], task.show(batch)
+    before, after = _repaired(task, batch, None, True)
+    assert float(noisy.min()) < 0
+    assert float(noisy.max()) > 1
+    assert torch.equal(before, noisy.clamp(0, 1))
+    assert torch.equal(before, shown["input"])
+    assert torch.equal(after, task.restore(before, None))
+    assert not torch.allclose(after, shown["prediction"], atol=1e-3)  # which is of the noise as it was
 
 
 def test_what_is_visible_stays_and_masks_belong_by_name(runs, digits_folder: Path, tmp_path: Path):

@@ -141,11 +141,12 @@ def load_cache(
     skipped = sorted(source.skipped + index.skipped)
     total = len(source) + len(source.skipped)
     if len(skipped) / total > max_skipped or not len(index.rows):
+        advice = f", and --max-skipped is {max_skipped:g}; repair or remove them, or allow more"
+        advice = advice if len(index.rows) else "; repair them, or give another source"
         some = "; ".join(f"{printable(name)}: {reason}" for name, reason in skipped[:3])
         raise TooManyBroken(
             f"{len(skipped):,} of {total:,} images in {source.spec} cannot be read "
-            f"({some}{' …' if len(skipped) > 3 else ''}), and --max-skipped is {max_skipped:g}; "
-            "repair or remove them, or allow more",
+            f"({some}{' …' if len(skipped) > 3 else ''}){advice}",
             skipped,
         )
     whole = len(index.rows) == len(source)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import sys
 import zipfile
 from contextlib import contextmanager
@@ -133,7 +134,8 @@ def lock(folder: Path):
             why = f"files cannot be locked in {folder} ({error.strerror})"
             print(f"warning: {why}: let no other process write there", file=sys.stderr)
         for stale in folder.glob(".*.tmp"):  # left by a process that was killed while writing
-            stale.unlink(missing_ok=True)
+            if re.search(r"\.\d+\.tmp$", stale.name):
+                stale.unlink(missing_ok=True)
         yield
     finally:
         file.close()

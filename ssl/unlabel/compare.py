@@ -250,7 +250,7 @@ def _fill_and_report(
 ) -> Path:
     """``arms``: the tasks (and runs) first, ``n_tasks`` of them, then the controls. ``origin``: for the provenance."""
     out, tasks = table.out, arms[:n_tasks]
-    if split.skipped:
+    if split.skipped or (out / "skipped.txt").exists():  # of before a repair, perhaps
         write_skipped(out / "skipped.txt", split.skipped)
     rows, predictions = ev.fill(table, arms, tasks[0].name)
     results = summarise(table, tasks, arms, rows, predictions, origin.get("given", {}).get("arm"))

@@ -75,6 +75,7 @@ class Place:
     archive: State | None = None
     pixels: "np.ndarray | None" = None  # (N, H, W) or (N, H, W, 3) uint8; an image's offset is its row
     paths: Sequence[str] | None = None  # of files that are not called as in the source; an offset is a row
+    newest: int = 0  # ns: when the last of its files was changed, where that is known
 
     def entry(self, name: str, size: int, offset: int) -> Entry:
         if self.pixels is not None:
@@ -176,7 +177,7 @@ def _is_image_suffix(suffix: str) -> bool:
 
 def list_folder(root: str) -> Found:
     found, seen = Found(), set[str]()
-    names, sizes = list[str](), array("q")
+    names, sizes, newest = list[str](), array("q"), 0
     suffixes = set[str]()  # of images, as they are written here
     # Real folders before links, so that an image that can be reached both ways has the name without the link.
     folders, links = [(root, "")], []
@@ -201,6 +202,7 @@ def list_folder(root: str) -> Found:
                             if state.st_mode & _KIND == _PLAIN and (size := state.st_size) <= MAX_BYTES:
                                 here.append(prefix + name)
                                 bytes_of.append(size)
+                                newest = max(newest, state.st_mtime_ns)
                                 continue
                         except OSError:
                             pass
@@ -209,12 +211,13 @@ def list_folder(root: str) -> Found:
                     if _is_folder(child):
                         (links if child.is_symlink() else inner).append((child.path, f"{prefix}{name}/"))
                     elif is_image_name(name, found):
-                        if isinstance(size := _size_or_why_not(child), int):
+                        if isinstance(state := _state_or_why_not(child), os.stat_result):
                             suffixes |= {suffix} if suffix[0] == "." else set()
                             here.append(prefix + name)
-                            bytes_of.append(size)
+                            bytes_of.append(state.st_size)
+                            newest = max(newest, state.st_mtime_ns)
                         else:
-                            found.skipped.append((prefix + name, size))
+                            found.skipped.append((prefix + name, state))
         except OSError as error:
             if not prefix:
                 raise UserError(f"cannot open the folder {root}: {error.strerror}; check the permissions") from None
@@ -223,7 +226,7 @@ def list_folder(root: str) -> Found:
         names += map(here.__getitem__, order)
         sizes.extend(map(bytes_of.__getitem__, order))
         folders += sorted(inner, reverse=True)  # so that the names come nearly in order: sorting them all is quick
-    found.entries = Entries([Place(os.path.abspath(root))], names, sizes)
+    found.entries = Entries([Place(os.path.abspath(root), newest=newest)], names, sizes)
     return found
 
 
@@ -234,8 +237,8 @@ def _is_folder(child: os.DirEntry[str]) -> bool:
         return False
 
 
-def _size_or_why_not(child: os.DirEntry[str]) -> int | str:
-    """Bytes of a file that can be read; else the reason."""
+def _state_or_why_not(child: os.DirEntry[str]) -> os.stat_result | str:
+    """Of a file that can be read; else the reason why it cannot."""
     try:
         state = child.stat()
     except OSError:
@@ -244,7 +247,7 @@ def _size_or_why_not(child: os.DirEntry[str]) -> int | str:
         return "not a regular file"
     if state.st_mode & 0o444 != 0o444 and not os.access(child.path, os.R_OK):
         return "no permission to read it"
-    return state.st_size if state.st_size <= MAX_BYTES else too_large(state.st_size)
+    return state if state.st_size <= MAX_BYTES else too_large(state.st_size)
 
 
 @contextlib.contextmanager
@@ -302,11 +305,13 @@ def list_archive(path: str, state: State | None = None) -> Found:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else it grows without end
                 name = member.name.removeprefix("./")
-                if reason := _unsafe(member):
+                if reason := _unsafe_name(member.name):
                     found.skipped.append((name, reason))
-                elif member.size > MAX_BYTES and member.isfile() and is_image_name(name, found):
-                    found.skipped.append((name, too_large(member.size)))
-                elif member.size <= MAX_BYTES and member.isfile() and is_image_name(name, found):
+                elif member.isdir() or not is_image_name(name, found):
+                    continue
+                elif reason := _no_file(member):
+                    found.skipped.append((name, reason))
+                else:
                     if member.size:  # tarfile notices a cut only at the next member
                         stream.seek(member.offset_data + member.size - 1)
                         if not stream.read(1):
@@ -333,17 +338,20 @@ def too_large(size: int) -> str:
     return f"too large: {size / 1e9:,.1f} GB"
 
 
-def _unsafe(member) -> str | None:
-    """Why a tar member is left alone, None if it may be read. `member` is a tarfile.TarInfo."""
-    if member.name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[\\/]", member.name):
+def _unsafe_name(name: str) -> str | None:
+    """Why a tar member of this name is left alone, None if it may be read."""
+    if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[\\/]", name):
         return "absolute name"
-    if ".." in re.split(r"[\\/]", member.name):
-        return "name that leaves the archive"
+    return "name that leaves the archive" if ".." in re.split(r"[\\/]", name) else None
+
+
+def _no_file(member) -> str | None:
+    """Why a tar member, which is called like an image, is none. `member` is a tarfile.TarInfo."""
     if member.issym() or member.islnk():
         return "link inside an archive, not followed"
-    if member.issparse() or not (member.isfile() or member.isdir()):
+    if member.issparse() or not member.isfile():
         return "not a regular file"
-    return None
+    return too_large(member.size) if member.size > MAX_BYTES else None
 
 
 def portable_pixmap(pixels: "np.ndarray") -> bytes:

@@ -75,7 +75,7 @@ def load_or_pack(
         for variant in range(_VARIANTS):  # a new cache for what was repaired: the old one may be in use
             at = folder.with_name(f"{key}-again{variant}") if variant else folder
             found = _open(at, side) or _make(source, side, at if write else None, workers or _cpus(), progress)
-            if not (write and _put_right(source, found[0], side, at)):
+            if not write or not (_put_right(source, found[0], side, at) or _changed(source, found[0], side, at)):
                 break
         return found
     except OSError as error:
@@ -93,13 +93,13 @@ def _put_right(source: Source, index: Index, side: int, folder: Path) -> bool:
     """
     if not index.skipped or source.packed or any(is_url(place.path) for place in source.entries.places):
         return False
-    made = [(p / "index.bin").stat() for p in (folder, _index_alone(folder)) if (p / "index.bin").exists()]
+    made = _made(folder)
     failed = {name for name, reason in index.skipped if reason.startswith(_UNREAD)}
 
     def worth_a_look(i: int) -> bool:
         with contextlib.suppress(OSError):
             now = os.stat(source.entries[i].path)
-            return source.names[i] in failed or max(now.st_mtime_ns, now.st_ctime_ns) >= made[0].st_mtime_ns
+            return source.names[i] in failed or max(now.st_mtime_ns, now.st_ctime_ns) >= made
         return False
 
     broken = np.setdiff1d(np.arange(len(source)), index.rows)[:_LOOKED_AT_AGAIN] if made else np.zeros(0, int)
@@ -108,6 +108,52 @@ def _put_right(source: Source, index: Index, side: int, folder: Path) -> bool:
         warnings.simplefilter("ignore")
         return any(isinstance(_pack_one(load, side, patient=False), _Packed) for _, load in source.read(broken))
     return False
+
+
+def _changed(source: Source, index: Index, side: int, folder: Path) -> bool:
+    """Whether an image is another than the one of the same name and size that `index` was made of.
+
+    Files, or archives, that were changed after it are looked at, up to a thousand images (of a copy, some of all);
+    nothing behind a URL. Where nothing differs, the index is marked as young as they are.
+    """
+    places = source.entries.places
+    newest = np.array([p.archive[1] if p.archive and not is_url(p.path) else p.newest for p in places], np.int64)
+    made = _made(folder)
+    if not made or newest.max(initial=0) <= made:
+        return False
+
+    def younger(i: int) -> bool:
+        place = places[source.entries.place[i]]
+        with contextlib.suppress(OSError):
+            return place.archive is not None or os.stat(source.entries[i].path).st_mtime_ns > made
+        return False
+
+    there = index.rows[newest[source.entries.place[index.rows]] > made]
+    rows = np.array([i for i in there.tolist() if younger(i)], np.int64)
+    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), _LOOKED_AT_AGAIN)).round().astype(int)].tolist()
+    hash_of = dict(zip(index.rows.tolist(), index.hashes, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for i, load in source.read(some):
+                now = _pack_one(load, side, patient=False)
+                if isinstance(now, str) or now.hash != hash_of[i].tobytes():
+                    return True
+        except OSError:  # which the next one who reads it is told
+            return False
+    with contextlib.suppress(OSError):
+        for file in _indices(folder):
+            os.utime(file, ns=(int(newest.max()), int(newest.max())))
+    return False
+
+
+def _indices(folder: Path) -> list[Path]:
+    return [file for p in (folder, _index_alone(folder)) if (file := p / "index.bin").exists()]
+
+
+def _made(folder: Path) -> int:
+    """When the cache's index was written, in ns; 0 where there is none."""
+    return next((file.stat().st_mtime_ns for file in _indices(folder)), 0)
 
 
 def _index_alone(folder: Path) -> Path:

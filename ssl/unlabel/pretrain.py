@@ -21,7 +21,7 @@ from unlabel.backbone import Backbone, build_backbone, channels_last, save_backb
 from unlabel.batches import Batches
 from unlabel.batchnorm import estimate_statistics, sync_batchnorm
 from unlabel.cache import write_skipped
-from unlabel.config import PretrainConfig
+from unlabel.config import PretrainConfig, plain
 from unlabel.draws import mix, seed_everything
 from unlabel.errors import UserError
 from unlabel.init import begun, fetch, init_of, load_start, start_of
@@ -40,8 +40,10 @@ from unlabel.start import (
     load_images,
     load_weights_of,
     newest_state,
+    refuse_foreign,
     refuse_odd_out,
     refuse_other_content,
+    refuse_other_defaults,
     refuse_other_side,
     sealed,
     with_excluded,
@@ -76,6 +78,8 @@ def pretrain(config: PretrainConfig, exclude: frozenset[str] = frozenset()) -> P
     ``exclude``: content hashes of images that must not be trained on (``compare`` gives the test images).
     Raises UserError for what a person can put right, Stopped after a signal.
     """
+    refuse_odd_out(config.out, config.data)
+    refuse_foreign(config.out)
     device = distributed.pick_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -97,7 +101,6 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     check_settings(config, classes, weights)
     run = RunFolder(config.out)
     about = run.read()
-    refuse_odd_out(config.out, config.data)
     if config.batch_size is not None:
         refuse_uneven(config.batch_size, config.accumulate, about is not None)
     start = start_of(config.init, config.backbone, config.stem, about and about["settings"])
@@ -123,6 +126,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(config.seed, "heads"))
         tasks = {n: cls(backbone, cls.Config(**config.task_settings.get(n, {}))) for n, cls in classes.items()}
+    own = refuse_other_defaults(about, {n: plain(task.config) for n, task in tasks.items()})
     phases = max(t.phases for t in tasks.values())
     if phases > 1 and len(tasks) > 1:
         raise UserError("a task in several phases cannot be summed with other tasks")
@@ -148,7 +152,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     plan = make_plan(config, image_size, classes, model, batch_of, about)
     batch_of.plan = plan
     backbone.frozen = freeze_unused(model, batch_of, phases)
-    resolved = {**vars(plan), "crop": list(plan.crop)}
+    resolved = {**vars(plan), "crop": list(plan.crop), "tasks": own}
     if about is None and distributed.is_main():
         data = {"spec": list(config.data), "images": len(cache.names), "skipped": len(cache.skipped)}
         data |= {"side": cache.side, "content": content}

@@ -69,6 +69,9 @@ def _refuse_nonsense(about: Any) -> None:
     words = [asked.get("tasks", []), data.get("spec", []), data.get("shown_as", [])]
     if not all(isinstance(w, list) and all(isinstance(v, str) for v in w) for w in words):
         raise ValueError("tasks and data are lists of names")
+    own = [t.get(k, {}) for t, k in ((asked, "task_settings"), (about["resolved"], "tasks"))]
+    if not all(isinstance(o, dict) and all(isinstance(v, dict) for v in o.values()) for o in own):
+        raise ValueError("tasks have settings by name")
     if not isinstance(asked.get("backbone", ""), str) or not isinstance(asked.get("seed", 0), int):
         raise ValueError("backbone is a name, seed a whole number")
     if done and not isinstance(done["backbone_sha256"], str):

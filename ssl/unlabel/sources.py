@@ -72,7 +72,7 @@ class Source:
         self.entries = Entries(entries.places, self.names, *columns)
         self.sizes = self.entries.sizes
         self.packed = any(place.packed for place in entries.places)
-        self.skipped = list(skipped) if csv_labels is None else []  # none of them is labelled
+        self.skipped = [(n, reason) for n, reason in skipped if csv_labels is None or n in csv_labels]
         self.ignored = ignored
         self.left_out = len(names) - len(self.names)
         self.labels: list[str] | None = None
@@ -205,7 +205,10 @@ def open_source(specs: str | Sequence[str], labels: Path | None = None, elsewher
             raise UserError(f"there are no images in {spec}{more}; give a folder that holds images, at any depth")
         parts.append(part)
     found = joined(parts)
-    csv_labels = None if labels is None else read_labels(Path(labels), found.entries.names, elsewhere)
+    csv_labels = None
+    if labels is not None:  # what could not be listed is there, too, and may have a label
+        more = {name for name, _ in found.skipped}.difference(found.entries.names)
+        csv_labels = read_labels(Path(labels), [*found.entries.names, *sorted(more)], elsewhere)
     return Source(" ".join(specs), found.entries, found.skipped, found.ignored, csv_labels)
 
 
@@ -275,7 +278,8 @@ def _expand(pattern: str) -> list[str]:
 def read_labels(path: Path, names: Sequence[str], elsewhere: Sequence[str] = ()) -> dict[str, str]:
     """Relative name -> label. A row gives the relative name, or the file name where that is unique.
 
-    Rows whose name is one of `elsewhere` (or a file name there) and not of this source are left out.
+    Rows whose name is one of `elsewhere` and not of this source are left out, also where it is a file name here; so
+    are rows of a file name that only `elsewhere` has.
     """
     try:
         if path.exists() and (not path.is_file() or path.stat().st_size > _MOST_LABELS):
@@ -305,10 +309,13 @@ def read_labels(path: Path, names: Sequence[str], elsewhere: Sequence[str] = ())
         label_at = in_label[0] if in_label else 2 if name_at == 1 else 1
     labels: dict[str, str] = {}
     unknown: list[str] = []
-    other = {_NFC(name) for full_name in elsewhere for name in (full_name, full_name.rsplit("/", 1)[-1])}
+    theirs = {_NFC(name) for name in elsewhere}
+    other = theirs | {name.rsplit("/", 1)[-1] for name in theirs}
     for row in rows:
         if len(row) <= max(name_at, label_at):
             raise UserError(f"{path} has a row without a label column: {str(row)[:100]}; each row is name,label")
+        if name_of.plain(row[name_at]) in theirs and not name_of.whole(row[name_at]):
+            continue
         name, label = name_of(row[name_at]), row[label_at].strip()
         if not label:
             continue  # not labelled yet
@@ -322,7 +329,8 @@ def read_labels(path: Path, names: Sequence[str], elsewhere: Sequence[str] = ())
         some = ", ".join(map(repr, unknown[:3])) + (" …" if len(unknown) > 3 else "")
         raise UserError(f"{len(unknown):,} names in {path} are not in the source: {some}; names are like {names[0]!r}")
     if not labels:
-        raise UserError(f"{path} holds no labels; each row is name,label")
+        of = f"no labels of images such as {names[0]!r}, only of the other source's" if other and rows else "no labels"
+        raise UserError(f"{path} holds {of}; each row is name,label")
     return labels
 
 
@@ -341,6 +349,18 @@ class _NameOf:
         return {_NFC(short): name for short, name in self.full.items() if self.bare[short] == 1} | {
             _NFC(name): name for name in self.known
         }
+
+    @staticmethod
+    def plain(cell: str) -> str:
+        return _NFC(cell.strip().replace("\\", "/").removeprefix("./"))
+
+    def whole(self, cell: str) -> bool:
+        """Whether it is an image's whole name here."""
+        return cell in self.known or self.plain(cell) in self.names
+
+    @functools.cached_property
+    def names(self) -> set[str]:
+        return {_NFC(name) for name in self.known}
 
     def __call__(self, cell: str) -> str:
         plain = cell.strip()

@@ -20,7 +20,7 @@ from unlabel.errors import UserError
 from unlabel.runfolder import RunFolder
 
 __all__ = ["content_of", "load_images", "load_weights_of", "newest_state", "refuse_other_content"]
-__all__ += ["refuse_addresses", "refuse_odd_out", "refuse_other_side", "with_excluded"]
+__all__ += ["refuse_addresses", "refuse_foreign", "refuse_odd_out", "refuse_other_side", "with_excluded"]
 
 
 def refuse_odd_out(out: Path, specs: Sequence[str | None]) -> None:
@@ -31,6 +31,13 @@ def refuse_odd_out(out: Path, specs: Sequence[str | None]) -> None:
     for spec in specs:
         if spec and os.path.isdir(spec) and out.is_relative_to(Path(spec).resolve()):
             raise UserError(f"--out {out} lies inside {spec}: its pictures would count as images")
+
+
+def refuse_foreign(out: Path) -> None:
+    """What lies in a folder that is no run's is somebody's, and would be cut or written over."""
+    names = ("metrics.jsonl", "backbone.safetensors", "backbone.json")
+    if not (out / "config.json").exists() and (there := [name for name in names if (out / name).exists()]):
+        raise UserError(f"{out} holds {there[0]}, and no config.json: it is no run's folder; choose another --out")
 
 
 def refuse_addresses(spec: Sequence[str]) -> None:
@@ -54,6 +61,14 @@ def refuse_other_side(about: dict[str, Any], side: int, image_size: int) -> None
             f"this run was begun with images packed at {before} px, which are packed at {side} px now: start it anew "
             "in another --out (--init takes over its backbone)"
         )
+
+
+def refuse_other_defaults(about: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
+    """``now``: every setting of each task. A run of a version with other defaults would go on as another run."""
+    before = (about or {}).get("resolved", {}).get("tasks", now)  # older runs do not say
+    if before != now:
+        raise UserError(f"this run was begun with other defaults of its tasks: {before}, now {now}: give them as flags")
+    return now
 
 
 def content_of(cache: ImageCache) -> str:
