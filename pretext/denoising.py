@@ -55,8 +55,7 @@ def corrupt(images: Tensor, kind: str, level: Tensor, draws: Draws) -> tuple[Ten
     """The noisy images (N, 3, H, W) and which pixels were touched, (N, 1, H, W) bool.
 
     images in [0, 1]; ``level`` (N,), where 0 leaves its image as it is, bit for bit. Gaussian and speckle
-    noise is not clipped to [0, 1]: clipping would make it depend on the image and shift its mean. Images that are grey
-    have grey noise: the mean of three channels, each with its own, would have little of it.
+    noise is not clipped to [0, 1]: clipping would make it depend on the image and shift its mean.
     """
     if kind in DAMAGES:
         return DAMAGES[kind](images, level, draws.stream(kind))
@@ -69,7 +68,6 @@ def corrupt(images: Tensor, kind: str, level: Tensor, draws: Draws) -> tuple[Ten
         value = ((u < level / 2) & (kind == "salt-and-pepper")).to(images.dtype)
         return torch.where(touched, value, images), touched
     noise = draws.stream("noise").normal(channels, height, width) * level
-    noise = torch.where(is_grey(images), noise[:, :1], noise)
     noisy = images + noise if kind == "gaussian" else images + images * noise
     return noisy, (level > 0).expand(n, 1, height, width)
 
@@ -108,11 +106,17 @@ class Denoising(PretextTask):
             self.decoder = Decoder(backbone.channels, feature_side(backbone), backbone.spec.image_size)
 
     def noisy(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """``corrupt`` at this batch's draws."""
+        """``corrupt`` at this batch's draws.
+
+        Grey images stay grey: the mean of three channels, each with noise of its own, would have little of it. What is
+        to be repaired (``skips``) is a file, which holds nothing below 0 or above 1.
+        """
         draws = batch.draws.stream("denoising")
         level = self.low + (self.high - self.low) * draws.stream("level").uniform()
         noisy, touched = corrupt(batch.images, self.config.noise, level, draws)
-        return (noisy.clamp(0, 1) if self.config.skips else noisy), touched  # what is to be repaired is a file
+        if self.config.noise in ("gaussian", "speckle"):
+            noisy = torch.where(is_grey(batch.images), noisy[:, :1], noisy)
+        return (noisy.clamp(0, 1) if self.config.skips else noisy), touched
 
     def predict(self, noisy: Tensor) -> Tensor:
         """The recovered image (N, 3, H, W), in normalised colours."""
