@@ -44,11 +44,15 @@ def residual_block(backbone: Backbone) -> BasicBlock | Bottleneck:
     With BatchNorm where the network has it. One without knows no batch, so that two processes equal one: so here.
     """
     channels = backbone.channels
-    norm: Any = nn.BatchNorm2d if has_batchnorm(backbone) else lambda n: nn.GroupNorm(math.gcd(8, n), n)
+    norm: Any = nn.BatchNorm2d if has_batchnorm(backbone) else _group_norm
     shortcut = nn.Sequential(nn.Conv2d(channels, channels, 1, stride=2, bias=False), norm(channels))
     if channels > WIDE:
         return Bottleneck(channels, channels // 4, stride=2, downsample=shortcut, norm_layer=norm)
     return BasicBlock(channels, channels, stride=2, downsample=shortcut, norm_layer=norm)
+
+
+def _group_norm(channels: int, **options: Any) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(8, channels), channels, **options)
 
 
 class Rotation(PretextTask):
