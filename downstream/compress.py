@@ -107,9 +107,9 @@ def _channels(painted: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 def compress(config: CompressConfig, load: Load) -> Path:
     """Every run's code beside as many principal components: compression.json, compression.html, examples.png."""
+    tasks = _tasks(config, load)
     out = config.out or config.runs[0] / "compression"
     refuse_odd_out(out, (*config.data, *(config.train or ())))
-    tasks = _tasks(config, load)
     size = next(iter(tasks.values())).backbone.spec.image_size
     train = load_cache(open_source(config.train or data_of(config.runs[0])), size, max_skipped=config.max_skipped)
     if not config.train:  # the run's own images: without those that `compare` had left out of them

@@ -157,15 +157,15 @@ def test_the_choice_uses_held_out_labels_and_refits_on_all(most: int, learned: i
 def test_a_preset_that_diverges_is_not_chosen():
     images, y = two_shades(60)
     backbone = build_backbone("small", 32).eval()
-    presets = [ft.Preset("slow", 6, 1e-5), ft.Preset("works", 12, 2e-3), ft.Preset("diverges", 6, 1e30)]
-    for order in (presets, presets[::-1]):
-        tuned = ft.finetune(backbone, images, y, 2, order)
-        assert tuned.chosen["preset"] == "works"
-        losses = tuned.chosen["holdout_log_loss"]
-        assert [v is None for v in losses] == [p.name == "diverges" for p in order]
-        assert np.isfinite(ft.predict_logits(tuned.model, images)).all()
+    presets = [ft.Preset("diverges", 6, 1e30), ft.Preset("works", 12, 2e-3), ft.Preset("slow", 6, 1e-5)]
+    tuned = ft.finetune(backbone, images, y, 2, presets)
+    assert tuned.chosen["preset"] == "works"
+    nothing, best, other = tuned.chosen["holdout_log_loss"]
+    assert nothing is None
+    assert best < other
+    assert np.isfinite(ft.predict_logits(tuned.model, images)).all()
     with pytest.raises(UserError, match=r"not finite numbers \(preset diverges, peak 1e\+30\)"):
-        ft.finetune(backbone, images, y, 2, presets[2:])
+        ft.finetune(backbone, images, y, 2, presets[:1])
 
 
 def test_predictions_average_the_mirror_and_ignore_batches():

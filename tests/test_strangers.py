@@ -224,8 +224,10 @@ def test_links_in_a_strangers_folder_are_not_written_through(finished, tmp_path:
     (tmp_path / "run").mkdir()
     for name in ("skipped.txt", "metrics.jsonl", "backbone.json", "backbone.safetensors"):
         (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
-    assert main([*command[:-1], str(tmp_path / "run")]) == 0
-    assert (tmp_path / "precious").read_text() == "precious"
+    for left in ("metrics.jsonl", "backbone.json", "backbone.safetensors", None):  # refused, as long as one is there
+        assert main([*command[:-1], str(tmp_path / "run")]) == (0 if left is None else 2)
+        assert (tmp_path / "precious").read_text() == "precious"
+        (tmp_path / "run" / (left or "skipped.txt")).unlink()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a shell's pipes")
