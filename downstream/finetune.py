@@ -336,9 +336,10 @@ def finetune(
         trials = [on_trial(preset, len(some), len(y)) for preset in presets]
         for trial in trials:
             log_p = predict_logits(fit(learned, trial), Rows(images, held))
-            log_p = log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True)
+            with np.errstate(invalid="ignore"):  # it may have diverged
+                log_p = log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True)
             losses.append(float(-log_p[np.arange(len(held)), y[held]].mean()))
-    best = int(np.argmin(np.nan_to_num(losses, nan=np.inf))) if losses else 0  # one may have diverged
+    best = int(np.argmin(np.nan_to_num(losses, nan=np.inf))) if losses else 0
     preset = presets[best]
     chosen: dict[str, Any] = {"preset": preset.name, "lr": preset.lr, "steps": preset.steps}
     if losses:

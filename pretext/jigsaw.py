@@ -48,7 +48,10 @@ def permutations(count: int) -> np.ndarray:
     Up to 504: the maps x → (a·x + b) / (c·x + d) of the projective line over the field of eight, which agree in at
     most two. Both are as large as such sets can be (Frankl & Deza 1977, https://doi.org/10.1016/0097-3165(77)90009-7).
     """
-    return np.array((_affine_nine() if count <= 72 else _projective_eight())[:count])
+    if count <= 72:
+        return np.array(_affine_nine()[:count])
+    maps = _projective_eight()  # evenly spaced: the first 56 send one tile to one place, which one look would tell
+    return np.array([maps[k * len(maps) // count] for k in range(count)])
 
 
 def _affine_nine() -> list[list[int]]:
@@ -82,8 +85,7 @@ def _projective_eight() -> list[list[int]]:
         for a, b, c, d in itertools.product(range(8), repeat=4)
         if times(a, d) != times(b, c)
     )
-    # Every fifth first: 56 in a row send the same tile to the same place, which one look would tell.
-    return [list(m) for k in range(5) for m in list(maps)[k::5]]
+    return [list(m) for m in maps]
 
 
 def tiles(images: Tensor, at: Tensor, tile: int) -> Tensor:

@@ -157,7 +157,7 @@ def test_the_choice_uses_held_out_labels_and_refits_on_all(most: int, learned: i
 def test_a_preset_that_diverges_is_not_chosen():
     images, y = two_shades(60)
     backbone = build_backbone("small", 32).eval()
-    presets = [ft.Preset("diverges", 6, 1e30), ft.Preset("works", 12, 2e-3), ft.Preset("slow", 6, 1e-5)]
+    presets = [ft.Preset("diverges", 3, 1e30), ft.Preset("works", 12, 2e-3), ft.Preset("slow", 3, 1e-5)]
     tuned = ft.finetune(backbone, images, y, 2, presets)
     assert tuned.chosen["preset"] == "works"
     nothing, best, other = tuned.chosen["holdout_log_loss"]

@@ -461,3 +461,14 @@ def test_surest_hits_and_misses():
     found = surest(log_p, y)
     assert found["hits"].tolist() == [0, 1, 3]
     assert found["misses"].tolist() == [4, 2]
+
+
+def test_no_picture_is_written_among_the_images(runs, digits_folder: Path, tmp_path: Path, capsys):
+    """They would be images the next time."""
+    data = ["--data", str(digits_folder)]
+    given = {"map": data, "anomalies": [*data, "--test", str(digits_folder)], "compress": data, "sample": data}
+    for command, flags in given.items():
+        run = runs("vae" if command in ("sample", "compress") else "denoising")
+        assert main([command, str(run), *flags, "--out", str(digits_folder / "out")]) == 2
+        assert "lies inside" in capsys.readouterr().err
+    assert not (digits_folder / "out").exists()
