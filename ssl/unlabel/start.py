@@ -67,7 +67,10 @@ def refuse_other_defaults(about: dict[str, Any] | None, now: dict[str, Any]) -> 
     """``now``: every setting of each task. A run of a version with other defaults would go on as another run."""
     before = (about or {}).get("resolved", {}).get("tasks", now)  # older runs do not say
     if before != now:
-        raise UserError(f"this run was begun with other defaults of its tasks: {before}, now {now}: give them as flags")
+        raise UserError(
+            f"this run was begun with other defaults of its tasks ({before}, now {now}): continue it with the version "
+            "that it was begun with, or start anew in another --out (--init takes over its backbone)"
+        )
     return now
 
 
