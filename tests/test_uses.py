@@ -468,7 +468,7 @@ def test_no_picture_is_written_among_the_images(runs, digits_folder: Path, tmp_p
     data = ["--data", str(digits_folder)]
     given = {"map": data, "anomalies": [*data, "--test", str(digits_folder)], "compress": data, "sample": data}
     for command, flags in given.items():
-        run = runs("vae" if command in ("sample", "compress") else "denoising")
+        run = runs("vae", name="among") if command in ("sample", "compress") else runs("denoising")
         assert main([command, str(run), *flags, "--out", str(digits_folder / "out")]) == 2
         assert "lies inside" in capsys.readouterr().err
     assert not (digits_folder / "out").exists()
