@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unlabel import packing
+from unlabel import packing, stale
 from unlabel.cache import TooManyBroken, cache_side, load_cache, printable, write_skipped
 from unlabel.decode import BrokenImage, decode
 from unlabel.errors import UserError
@@ -450,9 +450,10 @@ def test_an_image_that_was_changed_is_packed_anew(
         os.utime(tmp_path / "f.tar", (mtime, mtime))
         return open_source(str(tmp_path / "f.tar"))
 
-    before, decoded, real, now = listed(time.time() - 9), [], packing._pack_one, time.time()
+    before, decoded, real, now = listed(time.time() - 9), [], packing.pack_one, time.time()
     first = load_cache(before, 32, progress=False)
-    monkeypatch.setattr(packing, "_pack_one", lambda *args, **more: decoded.append(1) or real(*args, **more))
+    for module in (packing, stale):
+        monkeypatch.setattr(module, "pack_one", lambda *args, **more: decoded.append(1) or real(*args, **more))
     assert load_cache(listed(now - 9), 32, progress=False).hashes == first.hashes
     assert not decoded
     Image.fromarray(picture(99)).save(folder / "4.bmp")
@@ -502,7 +503,7 @@ def test_a_disk_that_fails_for_a_moment(code: int, times: int, found: int | None
 
 
 def test_a_cache_that_cannot_be_read_now_is_left_alone(tmp_path: Path, cache_folder: Path, monkeypatch) -> None:
-    source, found, real = open_source(str(make_folder(tmp_path / "f", 3))), [], packing._read_index
+    source, found, real = open_source(str(make_folder(tmp_path / "f", 3))), [], packing.read_index
     load_cache(source, 32, progress=False)
     [packed] = cache_folder.iterdir()
     kept = (packed / "images.u8").stat().st_ino
@@ -512,7 +513,7 @@ def test_a_cache_that_cannot_be_read_now_is_left_alone(tmp_path: Path, cache_fol
         return real(folder) if len(found) > 1 else None
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "_read_index", late)
+        patch.setattr(packing, "read_index", late)
         load_cache(source, 32, progress=False)
     assert ((packed / "images.u8").stat().st_ino, len(found)) == (kept, 2)
     (packed / "index.bin").unlink()

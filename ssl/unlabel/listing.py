@@ -80,11 +80,13 @@ class Place:
     def entry(self, name: str, size: int, offset: int) -> Entry:
         if self.pixels is not None:
             return Entry(name, size, pixels=self.pixels[offset])
-        if self.paths is not None:
-            return Entry(name, size, self.paths[offset])
         if self.archive is None:
-            return Entry(name, size, f"{self.path}/{name}")
+            return Entry(name, size, self.file(name, offset))
         return Entry(name, size, self.path, offset, self.packed, archive=self.archive)
+
+    def file(self, name: str, offset: int) -> str:
+        """The path of an image that is a file of its own."""
+        return f"{self.path}/{name}" if self.paths is None else self.paths[offset]
 
 
 class Entries(Sequence[Entry]):

@@ -3,7 +3,8 @@
 A packed cache is a folder, `<fingerprint>-<side>-v<format>-<content sample>/`, of two files: `images.u8`, the pixels
 (N, R, R, 3), and `index.bin`, whose first line is the SHA-256 of the rest: a line of JSON, then columns. It is made
 under another name and renamed when it is complete: what carries the name is whole, however many processes made it at
-once and whenever one was killed. A finished cache is never written to again.
+once and whenever one was killed. What a finished cache holds never changes; one whose source has changed (stale.py) is
+left to those who use it, and another is made beside it.
 
 Where the pixels would not fit on the disk, only the index is kept (`…-index/`), and images are decoded anew each time.
 """
@@ -11,54 +12,34 @@ Where the pixels would not fit on the disk, only the index is kept (`…-index/`
 import contextlib
 import errno
 import functools
-import hashlib
 import io
-import json
 import os
 import shutil
 import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
-from PIL import Image
 
-from unlabel.decode import BrokenImage, decode_reduced, perceptual_hashes
 from unlabel.errors import UserError
+from unlabel.packed_image import Packed, pack_one
+from unlabel.packed_index import COLUMNS, Index, read_index, write_index
 from unlabel.sources import Source, cache_root
-from unlabel.stores import Changed, is_url, patiently
+from unlabel.stale import is_stale
+from unlabel.stores import Changed
 from unlabel.streaming import Streamed
 
-__all__ = ["Index", "load_or_pack"]
+__all__ = ["load_or_pack"]
 
 _FORMAT = 3  # one more whenever the same file comes to give other pixels, or to be refused
 _BLOCK = 1024  # rows copied at a time
-_HASHED = 160  # short side in pixels that a large JPEG may be decoded to before it is hashed
 _INDEX_BYTES = 128  # of the index, per image, rounded up
-_COLUMNS = {"rows": ("<i8", ()), "hashes": ("u1", (32,)), "phashes": ("<u8", (2,)), "shapes": ("<i4", (2,))}
-_LASTING = {errno.EACCES, errno.EPERM, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
-_UNREAD = "cannot be read: "
 _VARIANTS = 20
-_LOOKED_AT_AGAIN = 1000  # broken images, whenever a cache is opened
 _IN_MEMORY = 1 << 30  # bytes of pixels that are rather held in memory than decoded again and again
-
-
-class Index(NamedTuple):
-    """What is known about the N packed images; rows of the source, so that names and labels come from there.
-
-    `rows` (N,) int64; `hashes` (N, 32) uint8; `phashes` (N, 2) uint64; `shapes` (N, 2) int32; `skipped` (name, reason).
-    """
-
-    rows: np.ndarray
-    hashes: np.ndarray
-    phashes: np.ndarray
-    shapes: np.ndarray
-    skipped: list[tuple[str, str]]
 
 
 def load_or_pack(
@@ -75,7 +56,7 @@ def load_or_pack(
         for variant in range(_VARIANTS):  # a new cache for what was repaired: the old one may be in use
             at = folder.with_name(f"{key}-again{variant}") if variant else folder
             found = _open(at, side) or _make(source, side, at if write else None, workers or _cpus(), progress)
-            if not write or not (_put_right(source, found[0], side, at) or _changed(source, found[0], side, at)):
+            if not write or not is_stale(source, found[0], side, [p / "index.bin" for p in (at, _index_alone(at))]):
                 break
         return found
     except OSError as error:
@@ -85,87 +66,9 @@ def load_or_pack(
         ) from None
 
 
-def _put_right(source: Source, index: Index, side: int, folder: Path) -> bool:
-    """Whether an image that could not be read when `index` was made can be read now.
-
-    Its file, of the same name and size, may have been repaired since, or the disk had failed for a moment. Up to a
-    thousand are looked at, none in a compressed archive or behind a URL.
-    """
-    if not index.skipped or source.packed or any(is_url(place.path) for place in source.entries.places):
-        return False
-    made = _made(folder)
-    failed = {name for name, reason in index.skipped if reason.startswith(_UNREAD)}
-
-    def worth_a_look(i: int) -> bool:
-        with contextlib.suppress(OSError):
-            now = os.stat(source.entries[i].path)
-            return source.names[i] in failed or max(now.st_mtime_ns, now.st_ctime_ns) >= made
-        return False
-
-    broken = np.setdiff1d(np.arange(len(source)), index.rows)[:_LOOKED_AT_AGAIN] if made else np.zeros(0, int)
-    broken = [i for i in broken.tolist() if worth_a_look(i)]
-    with contextlib.suppress(OSError), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return any(isinstance(_pack_one(load, side, patient=False), _Packed) for _, load in source.read(broken))
-    return False
-
-
-def _changed(source: Source, index: Index, side: int, folder: Path) -> bool:
-    """Whether an image is another than the one of the same name and size that `index` was made of.
-
-    Files, or archives, that were changed after it are looked at, up to a thousand images (of a copy, some of all);
-    nothing behind a URL. Where nothing differs, the index is marked as young as they are.
-    """
-    places = source.entries.places
-    newest = np.array([p.archive[1] if p.archive and not is_url(p.path) else p.newest for p in places], np.int64)
-    made = _made(folder)
-    if not made or newest.max(initial=0) <= made:
-        return False
-
-    def younger(i: int) -> bool:
-        place = places[source.entries.place[i]]
-        with contextlib.suppress(OSError):
-            return place.archive is not None or os.stat(source.entries[i].path).st_mtime_ns > made
-        return False
-
-    there = index.rows[newest[source.entries.place[index.rows]] > made]
-    rows = np.array([i for i in there.tolist() if younger(i)], np.int64)
-    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), _LOOKED_AT_AGAIN)).round().astype(int)].tolist()
-    hash_of = dict(zip(index.rows.tolist(), index.hashes, strict=True))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for i, load in source.read(some):
-                now = _pack_one(load, side, patient=False)
-                if isinstance(now, str) or now.hash != hash_of[i].tobytes():
-                    return True
-        except OSError:  # which the next one who reads it is told
-            return False
-    with contextlib.suppress(OSError):
-        for file in _indices(folder):
-            os.utime(file, ns=(int(newest.max()), int(newest.max())))
-    return False
-
-
-def _indices(folder: Path) -> list[Path]:
-    return [file for p in (folder, _index_alone(folder)) if (file := p / "index.bin").exists()]
-
-
-def _made(folder: Path) -> int:
-    """When the cache's index was written, in ns; 0 where there is none."""
-    return next((file.stat().st_mtime_ns for file in _indices(folder)), 0)
-
-
 def _index_alone(folder: Path) -> Path:
     """Where the index is kept of images that are streamed."""
     return folder.with_name(f"{folder.name}-index")
-
-
-class _Packed(NamedTuple):
-    pixels: bytes
-    hash: bytes
-    phashes: tuple[int, int]
-    shape: tuple[int, int]
 
 
 def _cpus() -> int:
@@ -174,73 +77,12 @@ def _cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _pack_one(load: Callable[[], bytes], side: int, patient: bool = True) -> _Packed | str:
-    """The packed image, or why there is none.
-
-    Raises OSError if the file is not the one that was listed, is gone, or cannot be read at the moment.
-    """
-    try:
-        data = patiently(load) if patient else load()
-        shape, image = decode_reduced(data, _HASHED)
-        # What is hashed does not depend on `side`; the same pixels serve where they are fine enough.
-        fine = image if min(image.size) >= min(2 * side, *shape) else decode_reduced(data, 2 * side)[1]
-    except BrokenImage as error:
-        return str(error)
-    except OSError as error:
-        if isinstance(error, Changed) or (error.errno not in _LASTING and not isinstance(error, PermissionError)):
-            raise
-        return f"{_UNREAD}{error.strerror or error}"
-    digest = hashlib.sha256(f"{shape[0]}x{shape[1]}".encode())
-    digest.update(image.tobytes())
-    small = fine.resize((side, side), Image.Resampling.BICUBIC, _square(fine), reducing_gap=3.0)
-    return _Packed(small.tobytes(), digest.digest(), perceptual_hashes(image, _square(image)), shape)
-
-
-def _square(image: Image.Image) -> tuple[int, int, int, int]:
-    """The central square: left, top, right, bottom."""
-    short = min(image.size)
-    left, top = ((n - short) // 2 for n in image.size)
-    return left, top, left + short, top + short
-
-
-def _read_index(folder: Path) -> Index | None:
-    """None if there is none, or it is damaged."""
-    try:
-        with open(folder / "index.bin", "rb") as file:
-            checksum, body = file.readline().strip(), file.read()
-    except (FileNotFoundError, NotADirectoryError):  # one that is there and may not be read is nobody's to remove
-        return None
-    if hashlib.sha256(body).hexdigest().encode() != checksum:
-        return None
-    at = body.index(b"\n") + 1
-    about, columns = json.loads(body[:at]), {}
-    for name, (kind, shape) in _COLUMNS.items():
-        count = about["images"] * int(np.prod(shape, dtype=int))
-        columns[name] = np.frombuffer(body, kind, count, at).reshape(-1, *shape)
-        at += columns[name].nbytes
-    return Index(**columns, skipped=[(name, reason) for name, reason in about["skipped"]])
-
-
-def _write_index(folder: Path, index: Index) -> None:
-    head = json.dumps({"images": len(index.rows), "skipped": index.skipped}).encode() + b"\n"
-    columns = [np.ascontiguousarray(getattr(index, name), kind).data for name, (kind, _) in _COLUMNS.items()]
-    digest = hashlib.sha256(head)
-    for column in columns:
-        digest.update(column)
-    with open(folder / "index.bin", "wb") as file:
-        file.write(digest.hexdigest().encode() + b"\n" + head)
-        for column in columns:
-            file.write(column)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _open(folder: Path, side: int) -> tuple[Index, np.ndarray] | None:
     """A finished cache, None if there is none. One that is damaged is moved out of the way."""
-    index, data = _read_index(folder), folder / "images.u8"
+    index, data = read_index(folder), folder / "images.u8"
     there = folder.exists()
     if index is None and there:  # another process may have put it there just now
-        index = _read_index(folder)
+        index = read_index(folder)
     if index is not None:
         shape = (len(index.rows), side, side, 3)
         if data.is_file() and data.stat().st_size == int(np.prod(shape)):
@@ -296,14 +138,14 @@ def _without_room(
     if progress:
         print(f"the image cache of {source.spec} {why}: images are decoded anew each time, which is slower; {advice}")
     kept = _index_alone(folder)
-    index = _read_index(kept)
+    index = read_index(kept)
     if index is None:
         _remove(kept)
         index = _decode_into(None, source, side, workers, progress)
         temporary = folder.with_name(f"tmp-{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):  # another process was faster, or not even this much room is left
             temporary.mkdir()
-            _write_index(temporary, index)
+            write_index(temporary, index)
             temporary.rename(kept)
         shutil.rmtree(temporary, ignore_errors=True)
     rows, hashes = index.rows, index.hashes
@@ -311,7 +153,7 @@ def _without_room(
 
     def make(k: int) -> bytes | str:
         try:
-            packed = _pack_one(source.entries[rows[k]].load, side)
+            packed = pack_one(source.entries[rows[k]].load, side)
         except OSError as error:
             return str(error.strerror or error)
         if isinstance(packed, str):
@@ -347,7 +189,7 @@ def _pack(source: Source, side: int, folder: Path | None, workers: int, progress
                 del rows
             file.truncate(len(index.rows) * side * side * 3)
             os.fsync(file.fileno())
-        _write_index(temporary, index)
+        write_index(temporary, index)
         with contextlib.suppress(OSError):  # another process was faster: its cache is as good
             temporary.rename(folder)
     finally:
@@ -362,10 +204,10 @@ def _decode_into(file: IO[bytes] | None, source: Source, side: int, workers: int
     """Decode in threads (Pillow releases the interpreter lock); image i of the source goes to row i of `file`."""
     from tqdm import tqdm
 
-    columns = {name: np.zeros((len(source), *shape), kind) for name, (kind, shape) in _COLUMNS.items()}
+    columns = {name: np.zeros((len(source), *shape), kind) for name, (kind, shape) in COLUMNS.items()}
     columns["rows"] -= 1
     skipped: list[tuple[str, str]] = []
-    waiting: deque[tuple[int, Future[_Packed | str]]] = deque()
+    waiting: deque[tuple[int, Future[Packed | str]]] = deque()
     step = side * side * 3
 
     def finish() -> None:
@@ -396,7 +238,7 @@ def _decode_into(file: IO[bytes] | None, source: Source, side: int, workers: int
     ):
         warnings.simplefilter("ignore")  # of Pillow, about metadata that do not matter here
         for i, load in source.read():
-            waiting.append((i, pool.submit(functools.partial(_pack_one, load, side))))
+            waiting.append((i, pool.submit(functools.partial(pack_one, load, side))))
             if len(waiting) >= 8 * workers:
                 finish()
         while waiting:
