@@ -112,8 +112,8 @@ def compress(config: CompressConfig, load: Load) -> Path:
     refuse_odd_out(out, (*config.data, *(config.train or ())))
     size = next(iter(tasks.values())).backbone.spec.image_size
     train = load_cache(open_source(config.train or data_of(config.runs[0])), size, max_skipped=config.max_skipped)
-    if not config.train:  # the run's own images: without those that `compare` had left out of them
-        gone = RunFolder(config.runs[0]).left_out()
+    if not config.train:  # a run's own images: without those that `compare` had left out of it, or of another
+        gone = frozenset().union(*(RunFolder(run).left_out() for run in config.runs))
         train = train.subset(np.flatnonzero([h not in gone for h in train.hashes]))
     test = load_cache(open_source(config.data), size, max_skipped=config.max_skipped)
     known = known_among(train, test)

@@ -54,6 +54,7 @@ class PretextTask(nn.Module):
     Config: ClassVar[type[Any]]  # frozen dataclass, free of torch; its fields are --TASK.setting on the command line
     metrics: ClassVar[dict[str, Literal["max", "min"]]]
     recipe: ClassVar[Recipe] = Recipe()
+    loss_weight: ClassVar[float] = 1.0  # of the loss in a sum with other tasks', where --weights says nothing
     phases: int = 1  # > 1 is not summed with other tasks
     mirrors: ClassVar[bool] = True  # whether the loop may show mirror images; not where they have another answer
     across: ClassVar[bool] = False  # whether the loss compares images: through ``unlabel.distributed.gathered``

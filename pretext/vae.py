@@ -58,6 +58,7 @@ class VAE(PretextTask):
     Config = Config
     metrics = {"bound": "min", "error": "min", "information": "max", "alive": "max"}  # noqa: RUF012
     recipe = Recipe(optimizer="adamw", lr=1e-3, weight_decay=0.05, batch_size=128)
+    loss_weight = 1e-4  # nats per image are thousands, other tasks' losses are about one
     prior = True
     config: Config
 

@@ -271,7 +271,8 @@ def test_evaluate_reports_overlap_and_broken_labelled_images(digits_folder: Path
         == 0
     )
     command = ["evaluate", str(run), "--train", str(data), "--protocol", "knn", "--labels-per-class", "5"]
-    assert main([*command, "--draws", "1", "--no-controls"]) == 0
+    evaluate = [*command, "--draws", "1", "--no-controls"]
+    assert main(evaluate) == 0
     printed = capsys.readouterr().out
     out = run / "evaluation"
     results = json.loads((out / "results.json").read_text())
@@ -289,6 +290,9 @@ def test_evaluate_reports_overlap_and_broken_labelled_images(digits_folder: Path
     provenance = json.loads((tmp_path / "compare" / "results.json").read_text())["provenance"]
     assert provenance["overlap"] == {"test_in_pretraining": n}
     assert provenance["left_out_of_pretraining"] == n
+    (data / "0" / "broken.png").unlink()
+    assert main(evaluate) == 0
+    assert (out / "skipped.txt").read_text() == ""  # not of before the repair
 
 
 def test_three_seeds_are_the_unit_of_the_interval(digits_folder: Path, tmp_path: Path):

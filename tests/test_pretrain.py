@@ -440,6 +440,31 @@ def test_a_folder_that_is_no_runs_is_left_as_it_is(digits_folder: Path, tmp_path
             assert {p.name for p in folder.iterdir()} == {".draft.tmp", ".lock"}
 
 
+def test_tasks_have_weights_of_their_own_in_a_sum(digits_folder: Path, tmp_path: Path, monkeypatch):
+    """Nats per image would be all that counts; alone, and where the user says so, they are what they are."""
+    for tasks, weights, expected in (
+        (("rotation", "vae"), None, [1.0, 1e-4]),
+        (("rotation", "vae"), (1.0, 1.0), [1.0, 1.0]),
+        (("vae",), None, [1.0]),
+    ):
+        out = pretrain(
+            settings(digits_folder, tmp_path / f"{len(tasks)}-{weights}", *tasks, weights=weights, epochs=0.1)
+        )
+        assert json.loads((out / "config.json").read_text())["resolved"]["weights"] == expected
+        line = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        each = [line["metrics"][f"{task}/loss"] for task in tasks]
+        assert line["loss"] == pytest.approx(sum(w * x for w, x in zip(expected, each, strict=True)), rel=1e-4)
+        if len(tasks) > 1:
+            assert each[1] > 100 > each[0]
+    config = settings(digits_folder, tmp_path / "run", "rotation", "vae")
+    killed_at(monkeypatch, config, saves=1)
+    about = json.loads((config.out / "config.json").read_text())
+    del about["resolved"]["weights"]  # begun by an earlier version, whose weights were all 1
+    (config.out / "config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"other defaults of --weights \(\[1.0, 1.0\], now \[1.0, 0.0001\]\)"):
+        pretrain(config)
+
+
 def test_every_setting_of_a_task_is_kept(digits_folder: Path, tmp_path: Path, monkeypatch):
     """Also those that were not given: with another version's defaults it would go on as another run."""
     config = settings(digits_folder, tmp_path / "run", "rotation", task_settings={"rotation": {"grey": 0.5}})

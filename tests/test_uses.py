@@ -148,8 +148,8 @@ def test_compress_writes_what_scikit_learn_says(runs, digits_folder: Path, tmp_p
     assert f"{len(cache):,} --data images are near-duplicates" in page
 
 
-def test_compress_leaves_out_what_the_run_did(runs, digits_folder: Path, tmp_path: Path, monkeypatch):
-    """Components are fitted to what the run saw, which lacks what `compare` tests on; or to --train, all of it."""
+def test_compress_leaves_out_what_the_runs_did(runs, digits_folder: Path, tmp_path: Path, monkeypatch):
+    """Components are fitted to what all runs saw, which lacks what `compare` tests on; or to --train, all of it."""
     fitted: list[list[str]] = []
     real = co.measure
 
@@ -159,15 +159,17 @@ def test_compress_leaves_out_what_the_run_did(runs, digits_folder: Path, tmp_pat
 
     monkeypatch.setattr(co, "measure", watched)
     cache = load_cache(open_source(str(digits_folder)), SIZE, progress=False)
-    run, gone = tmp_path / "run", set(cache.hashes[::5])
-    shutil.copytree(runs("autoencoder", "--autoencoder.code", "8", "--autoencoder.loss", "mse"), run)
-    (run / "excluded.txt").write_text("".join(f"{h}\n" for h in sorted(gone)))
-    command = ["compress", str(run), "--data", str(digits_folder), "--out", str(tmp_path / "out")]
+    one, other = tmp_path / "one", tmp_path / "other"
+    gone = {one: set(cache.hashes[::5]), other: set(cache.hashes[1:90])}
+    for run, hashes in gone.items():
+        shutil.copytree(runs("autoencoder", "--autoencoder.code", "8", "--autoencoder.loss", "mse"), run)
+        (run / "excluded.txt").write_text("".join(f"{h}\n" for h in sorted(hashes)))
+    command = ["compress", str(one), str(other), "--data", str(digits_folder), "--out", str(tmp_path / "out")]
     for flags in ([], ["--train", str(digits_folder)]):
         assert main([*command, *flags]) == 0
         found = json.loads((tmp_path / "out" / "compression.json").read_text())
         assert found["fitted_on"] == len(fitted[-1])
-    assert fitted == [sorted(h for h in cache.hashes if h not in gone), sorted(cache.hashes)]
+    assert fitted == [sorted(set(cache.hashes) - gone[one] - gone[other]), sorted(cache.hashes)]
 
 
 # ---------------------------------------------------------------- anomalies

@@ -66,7 +66,7 @@ class PretrainConfig:
     out: Path
     """The run folder."""
     weights: tuple[float, ...] | None = None
-    """One loss weight per task (default: all 1)."""
+    """One loss weight per task (default: 1 each; for vae beside others, whose loss is in nats, 0.0001)."""
     backbone: str | None = None
     """`small` (the default), the name of a timm ConvNet, or a dense network: `mlp:1000-500-250`."""
     stem: Stem = "auto"

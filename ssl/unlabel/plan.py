@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from unlabel.batches import Batches
 
 __all__ = ["EPOCHS", "Plan", "check_settings", "clock", "cost", "freeze_unused", "make_plan", "measure"]
-__all__ += ["measured_before", "refuse_uneven"]
+__all__ += ["measured_before", "phases_of", "refuse_uneven"]
 
 MOST_OF = (65_536, 64)  # any number of a task; blocks
 MOST_STEPS, MOST_IMAGES, MOST_RATE = 10**12, 1 << 20, 1e6  # in a run; in a step; peak of the learning rate
@@ -63,8 +63,7 @@ def check_settings(config: PretrainConfig, classes: dict[str, Any], weights: Seq
         raise UserError(f"a task is named twice: {' '.join(config.tasks)}")
     if len(weights) != len(classes):
         raise UserError(f"{len(weights)} --weights for {len(classes)} tasks: give one per task")
-    if len(classes) > 1 and any(cls.phases > 1 for cls in classes.values()):
-        raise UserError("a task in several phases cannot be summed with other tasks")
+    phases_of(classes)
     if config.compile and (those := [name for name, cls in classes.items() if not cls.compiles]):
         raise UserError(f"--compile does not work with {those[0]}, which takes second derivatives: leave it out")
     if config.epochs is not None and config.minutes is not None:
@@ -132,7 +131,7 @@ def make_plan(
     if epochs * n / plan.batch_size > MOST_STEPS or (config.minutes or 0) > MOST_STEPS:
         raise UserError("--epochs or --minutes: more than anybody can wait for")
     steps = steps_for(epochs, n, plan.batch_size)
-    if measured_before(config, max(task.phases for task in model.tasks.values())):
+    if measured_before(config, phases_of(model.tasks)):
         per_step = measure(model, plan, batch_of)
         if config.minutes is not None:
             steps = max(1, int(config.minutes * 60 / per_step))
@@ -153,6 +152,14 @@ def _resolved_before(resolved: dict[str, Any], now: Plan) -> Plan:
     if not (SIDES[0] <= plan.image_size <= SIDES[1] and plan.batch_size > 0 and plan.steps > 0 and len(plan.crop) == 2):
         raise UserError("config.json is not whole: its resolved settings make no sense: choose another --out")
     return plan
+
+
+def phases_of(tasks: Mapping[str, Any]) -> int:
+    """The phases of a run of these tasks, or of their classes."""
+    phases = max(task.phases for task in tasks.values())
+    if phases > 1 and len(tasks) > 1:
+        raise UserError("a task in several phases cannot be summed with other tasks")
+    return phases
 
 
 def measured_before(config: PretrainConfig, phases: int) -> bool:
@@ -179,7 +186,7 @@ def measure(model: nn.Module, plan: Plan, batch_of: Batches) -> float:
     warm up.
     """
     twin: Any = copy.deepcopy(model)
-    phases = max(task.phases for task in twin.tasks.values())
+    phases = phases_of(twin.tasks)
     return sum(_measure_phase(twin, phase, plan, batch_of) for phase in range(phases)) / phases
 
 

@@ -28,7 +28,16 @@ from unlabel.init import begun, fetch, init_of, load_start, start_of
 from unlabel.memory import keep_freed_memory
 from unlabel.messages import describe, log_line, not_finite
 from unlabel.order import phase_at
-from unlabel.plan import check_settings, clock, cost, freeze_unused, make_plan, measured_before, refuse_uneven
+from unlabel.plan import (
+    check_settings,
+    clock,
+    cost,
+    freeze_unused,
+    make_plan,
+    measured_before,
+    phases_of,
+    refuse_uneven,
+)
 from unlabel.precision import autocast
 from unlabel.previews import save_previews
 from unlabel.runfolder import RunFolder
@@ -97,7 +106,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     # ---- 1. The run folder: is there something to continue?
     say = print if distributed.is_main() else (lambda *_, **__: None)
     classes = {name: load_task(name) for name in config.tasks}
-    weights = config.weights or (1.0,) * len(classes)
+    weights = config.weights or tuple(cls.loss_weight if len(classes) > 1 else 1.0 for cls in classes.values())
     check_settings(config, classes, weights)
     run = RunFolder(config.out)
     about = run.read()
@@ -126,10 +135,10 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(config.seed, "heads"))
         tasks = {n: cls(backbone, cls.Config(**config.task_settings.get(n, {}))) for n, cls in classes.items()}
-    own = refuse_other_defaults(about, {n: plain(task.config) for n, task in tasks.items()})
-    phases = max(t.phases for t in tasks.values())
-    if phases > 1 and len(tasks) > 1:
-        raise UserError("a task in several phases cannot be summed with other tasks")
+    own = {n: plain(task.config) for n, task in tasks.items()}
+    refuse_other_defaults(about, "settings of the tasks", "tasks", own)
+    refuse_other_defaults(about, "--weights", "weights", list(weights), [1.0] * len(tasks))
+    phases = phases_of(tasks)
 
     # ---- 3. The data, decoded once into the packed cache; and the plan
     cache = load_images(source, image_size, config, exclude, (about or {}).get("data", {}).get("content"))
@@ -152,7 +161,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
     plan = make_plan(config, image_size, classes, model, batch_of, about)
     batch_of.plan = plan
     backbone.frozen = freeze_unused(model, batch_of, phases)
-    resolved = {**vars(plan), "crop": list(plan.crop), "tasks": own}
+    resolved = {**vars(plan), "crop": list(plan.crop), "weights": list(weights), "tasks": own}
     if about is None and distributed.is_main():
         data = {"spec": list(config.data), "images": len(cache.names), "skipped": len(cache.skipped)}
         data |= {"side": cache.side, "content": content}

@@ -20,7 +20,8 @@ from unlabel.errors import UserError
 from unlabel.runfolder import RunFolder
 
 __all__ = ["content_of", "load_images", "load_weights_of", "newest_state", "refuse_other_content"]
-__all__ += ["refuse_addresses", "refuse_foreign", "refuse_odd_out", "refuse_other_side", "with_excluded"]
+__all__ += ["refuse_addresses", "refuse_foreign", "refuse_odd_out", "refuse_other_defaults", "refuse_other_side"]
+__all__ += ["with_excluded"]
 
 
 def refuse_odd_out(out: Path, specs: Sequence[str | None]) -> None:
@@ -63,15 +64,14 @@ def refuse_other_side(about: dict[str, Any], side: int, image_size: int) -> None
         )
 
 
-def refuse_other_defaults(about: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
-    """``now``: every setting of each task. A run of a version with other defaults would go on as another run."""
-    before = (about or {}).get("resolved", {}).get("tasks", now)  # older runs do not say
+def refuse_other_defaults(about: dict[str, Any] | None, what: str, key: str, now: Any, unsaid: Any = None) -> None:
+    """A run of a version with other defaults would go on as another run. ``unsaid``: those of runs that do not say."""
+    before = (about or {"resolved": {key: now}})["resolved"].get(key, now if unsaid is None else unsaid)
     if before != now:
         raise UserError(
-            f"this run was begun with other defaults of its tasks ({before}, now {now}): continue it with the version "
+            f"this run was begun with other defaults of {what} ({before}, now {now}): continue it with the version "
             "that it was begun with, or start anew in another --out (--init takes over its backbone)"
         )
-    return now
 
 
 def content_of(cache: ImageCache) -> str:
