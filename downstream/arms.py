@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from downstream import evaluate as ev
-from unlabel.backbone import Spec, build_backbone, load_backbone
+from unlabel.backbone import Spec, load_backbone, name_of
 from unlabel.cache import ImageCache, load_cache
 from unlabel.checkpoint import file_sha256
 from unlabel.errors import UserError
@@ -21,7 +21,7 @@ from unlabel.sources import open_source
 from unlabel.start import refuse_addresses, with_excluded
 
 __all__ = ["about_given", "arm_name", "finished_runs", "given_arms", "most_seen", "pretraining_images", "seed_of"]
-__all__ += ["seen_by", "started_elsewhere"]
+__all__ += ["seen_by", "started_elsewhere", "unlike"]
 
 
 def arm_name(run: Path, about: dict[str, Any]) -> str:
@@ -34,11 +34,11 @@ def seed_of(about: Mapping[str, Any]) -> int:
 
 
 def finished_runs(
-    folders: Sequence[Path], image_size: int, network: str, pretraining: ImageCache | None
+    folders: Sequence[Path], like: Spec, pretraining: ImageCache | None
 ) -> tuple[list[ev.Arm], dict[str, ImageCache], list[str]]:
     """Arms of runs that are finished elsewhere; the images that they were trained on, where those are others; notes.
 
-    ``image_size`` and ``network``: of the table that they are measured in.
+    ``like``: the network of the table that they are measured in.
     """
     arms, others, notes = [], {}, []
     for folder in folders:
@@ -48,8 +48,8 @@ def finished_runs(
         if about:
             run.finished()
         arms.append(ev.Arm(folder.resolve().name, "backbone", (seed_of(about),), (folder,)))
-        images, note = pretraining_images(folder, about, image_size)
-        texts = [note, started_elsewhere(folder), _unlike(spec, image_size, network)]
+        images, note = pretraining_images(folder, about, like.image_size)
+        texts = [note, started_elsewhere(folder), *unlike(spec, like)]
         notes += [f"{folder.name}: {text}" for text in texts if text]
         if images is not None:  # the same images need no second look
             seen = [c for c in (pretraining, *others.values()) if c is not None]
@@ -58,29 +58,37 @@ def finished_runs(
     return arms, others, notes
 
 
-def _unlike(spec: Spec, image_size: int, network: str) -> str | None:
-    """A note on an arm whose difference from the others is not of its weights alone."""
-    if spec.image_size != image_size:
-        return f"it sees images of {spec.image_size} px, made from those of {image_size} px that the others see"
-    own, wanted = (
-        [s.name.split(".")[0], json.dumps(s.kwargs, sort_keys=True)]  # tuples are lists in a file
-        for s in (spec, build_backbone(network, image_size).spec)
-    )
-    if own != wanted:
-        return f"it is another network than those that it is compared with, which are {network}"
-    return None
+def unlike(spec: Spec, like: Spec) -> list[str]:
+    """Notes on an arm whose difference from the others, whose network is ``like``, is not of its weights alone."""
+    notes, same_size = [], spec.image_size == like.image_size
+    if not same_size:
+        notes.append(
+            f"it sees images of {spec.image_size} px, made from those of {like.image_size} px that the others see"
+        )
+    if _network(spec) != _network(like):
+        notes.append(f"it is another network than those that it is compared with, which are {name_of(like)}")
+    elif same_size and spec.stem != like.stem:
+        notes.append(f"its stem is {spec.stem!r}, that of those that it is compared with {like.stem!r}")
+    if spec.flip != like.flip:
+        notes.append(f"it is fine-tuned with{'' if spec.flip else 'out'} mirror images, unlike the others")
+    return notes
+
+
+def _network(spec: Spec) -> list[str]:
+    return [spec.name.split(".")[0], json.dumps(spec.kwargs, sort_keys=True)]  # tuples are lists in a file
 
 
 def given_arms(
-    start: Start, weights: Path | None, image_size: int, pretraining: ImageCache | None
+    start: Start, weights: Path | None, like: Spec, pretraining: ImageCache | None
 ) -> tuple[list[ev.Arm], dict[str, ImageCache], list[str]]:
     """The weights of --init as they are, as an arm; what they were trained on, where that is known; notes."""
     if weights is None:
         return [], {}, []
     if start.kind != "run":
         note = f"{start.arm} was trained elsewhere, perhaps with labels, perhaps on test images: that is not known here"
-        return [ev.Arm(start.arm, "backbone", (0,), (weights,))], {}, [note]
-    (arm,), others, notes = finished_runs([weights], image_size, start.backbone, pretraining)
+        notes = [note, *(f"{start.arm}: {text}" for text in unlike(load_backbone(weights).spec, like))]
+        return [ev.Arm(start.arm, "backbone", (0,), (weights,))], {}, notes
+    (arm,), others, notes = finished_runs([weights], like, pretraining)
     known = {start.arm: others[arm.name]} if others else {}
     return [dataclasses.replace(arm, name=start.arm)], known, notes
 

@@ -25,13 +25,15 @@ def print_cost(table: Table, arms: Sequence[Arm], label_free: bool = False) -> N
     ``label_free``: also those for the scores that need no labels.
     """
     known = f"; what is already in {table.out / 'cells'} is not done again" if (table.out / "cells").exists() else ""
-    plan, networks, fits, named = list(table.plan()), 0, 0, 0
+    plan, networks, fits, named, by_stage = list(table.plan()), 0, 0, 0, 0
     passes = {False: 0, True: 0}  # of views as large as in pretraining, and of larger ones
     for arm in arms:
         protocols = arm.protocols(table.protocols)
         fits += len(arm.seeds) * len(plan) * sum(p not in TRAINED for p in protocols)
         if arm.kind == "backbone" and "linear" in protocols:
             fits += len(arm.seeds) * len(table.parts) * table.n_draws
+        if arm.kind in ("backbone", "random") and "linear" in protocols:  # of each stage, to choose one
+            by_stage += len(arm.seeds) * len(plan)
         networks += len(arm.seeds) * (arm.kind in ("backbone", "random"))
         for count, _ in plan if set(TRAINED) & set(protocols) else []:
             n, presets = table.labels(count), table.presets(count, arm)
@@ -48,7 +50,8 @@ def print_cost(table: Table, arms: Sequence[Arm], label_free: bool = False) -> N
                 runs += [(p, min(p.batch_size, n) + 4 * min(UNLABELLED, len(table.unlabelled))) for p in tuned]
             for p, images in runs:
                 passes[p.larger] += len(arm.seeds) * p.steps * images
-    there, back, width = _measured(table)
+    there, back, width, stages = _measured(table)
+    fits += by_stage * stages
     if fits:
         drawn = len(np.unique(np.concatenate([table.draws.indices(d, c) for c, d in plan])))
         images = networks * (drawn + len(table.test) + STATISTICS_IMAGES)
@@ -63,9 +66,9 @@ def print_cost(table: Table, arms: Sequence[Arm], label_free: bool = False) -> N
         print(f"cost: fine-tuning passes {sum(passes.values()):,} images, about {minutes:.1f} minutes{known}")
 
 
-def _measured(table: Table) -> tuple[float, dict[bool, float], int]:
+def _measured(table: Table) -> tuple[float, dict[bool, float], int, int]:
     """Seconds per image of a forward pass for features, and of a step of fine-tuning on views of that size (False) and
-    larger ones (True), each at its own precision; and how many features there are."""
+    larger ones (True), each at its own precision; how many features there are, and how many stages."""
     model = ft.Classifier(build_backbone(table.backbone[0], table.image_size, table.backbone[1]), 2)
     model = channels_last(model.to(table.device))
 
@@ -94,4 +97,4 @@ def _measured(table: Table) -> tuple[float, dict[bool, float], int]:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begun)
         seconds.append(float(np.median(times[1:])) / len(views))
-    return seconds[0], {False: seconds[1], True: seconds[2]}, model.backbone.channels
+    return seconds[0], {False: seconds[1], True: seconds[2]}, model.backbone.channels, len(model.backbone.stage_names)

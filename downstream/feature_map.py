@@ -36,6 +36,8 @@ def flat(features: np.ndarray, method: str) -> np.ndarray:
     """(N, C) to (N, 2): principal components, or t-SNE (van der Maaten & Hinton 2008) of up to 50 of them."""
     if not features.std(0).any():  # all images look alike to this network
         return np.zeros((len(features), 2))
+    if features.shape[1] == 1:
+        return np.concatenate([features, np.zeros_like(features)], 1)
     if method == "pca":
         return PCA(2, random_state=0).fit_transform(features)
     few = PCA(min(50, *features.shape), random_state=0).fit_transform(features)

@@ -15,7 +15,7 @@ from unlabel.duplicates import clusters, content_split
 from unlabel.errors import UserError
 from unlabel.sources import Source, open_source, own_test_split
 
-__all__ = ["Split", "has_labels", "split_data", "unlabelled_pool"]
+__all__ = ["Split", "has_labels", "open_labelled", "split_data", "unlabelled_pool"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ def split_data(
     """
     warnings: list[str] = []
     others = others or {}
-    train, held, test_spec = _labelled(config, image_size)
+    train_source, test_source, test_spec = open_labelled(config)
+    train = _readable(train_source, image_size, config.max_skipped)
+    held = _readable(test_source, image_size, config.max_skipped) if test_source is not None else None
     caches = list({id(c): c for c in (train, held, pretraining, *others.values()) if c is not None}.values())
     ids = dict(zip(map(id, caches), clusters(caches), strict=True))
     train_ids = ids[id(train)]
@@ -120,8 +122,8 @@ def unlabelled_pool(config: FewLabels, image_size: int, pretraining: ImageCache 
     return Split(pool, test, [], sample, frozenset(), None, {}, cache.skipped, about, warnings)
 
 
-def _labelled(config: FewLabels, image_size: int) -> tuple[ImageCache, ImageCache | None, str | None]:
-    """Images of --train and, where they are a source of their own, of the test set; and what that source is.
+def open_labelled(config: FewLabels) -> tuple[Source, Source | None, str | None]:
+    """--train and, where it is a source of its own, the test set, both with labels; and what that source is.
 
     The labels of --labels are for both, but for a test source that has class folders: those count there.
     """
@@ -141,10 +143,10 @@ def _labelled(config: FewLabels, image_size: int) -> tuple[ImageCache, ImageCach
                 f"{both[0]!r} in {config.labels} is the name of a --train and of a --test image: put the test images "
                 "into class folders, or give them other names"
             )
-    found = []
     for source in (train, test):
-        found.append(_readable(source, image_size, config.max_skipped) if source is not None else None)
-    return found[0], found[1], spec
+        if source is not None:
+            source.require_labels()
+    return train, test, spec
 
 
 def _readable(source: Source, image_size: int, max_skipped: float) -> ImageCache:

@@ -108,6 +108,9 @@ def gather(args: argparse.Namespace) -> None:
             if (p["problem"], p["run"], m) in done:
                 continue
             begun = time.monotonic()
+            rows = [
+                r for r in rows if (r["problem"], r["run"], r["m"]) != (p["problem"], p["run"], m)
+            ]  # of fewer draws
             rows += curves(p, m, args.draws)
             args.out.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(args.out, json.dumps(rows).encode())

@@ -405,7 +405,8 @@ def sample_config() -> bytes:
     value = {"settings": settings, "free": {"data": ["x"]}, "processes": 1, "resolved": {"steps": 9, "lr": 1e-3},
              "fingerprint": "abc", "data": {"spec": ["x"], "images": 9}, "versions": {}, "hardware": {"threads": 2},
              "commit": None,
-             "finished": {"loss": 0.5, "backbone_sha256": hashlib.sha256(b"x").hexdigest()}}  # fmt: skip
+             "finished": {"steps": 9, "images_seen": 9, "seconds": 1.0,
+                          "backbone_sha256": hashlib.sha256(b"x").hexdigest()}}  # fmt: skip
     return json.dumps(value, indent=2).encode()
 
 

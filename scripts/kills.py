@@ -73,6 +73,8 @@ def main() -> None:
     wanted = [*([name] for name in TASKS), [name for name in TASKS if load_task(name).phases == 1]]
     if args.only:
         wanted = [args.only.split("+")]
+        if not out.exists():
+            parser.error(f"there is no {out} yet that these rows could be put into: leave --only out")
         before = json.loads(out.read_text())
         if (before["data"], before["seed"]) != (Path(args.data).name, args.seed):
             parser.error(f"{out} holds rows of --data {before['data']} --seed {before['seed']}")

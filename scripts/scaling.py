@@ -6,7 +6,7 @@
 Measured: seconds per step of the real loop's model and batches (pixels in memory), images packed per second and core,
 bytes per image on disk and in the cache, memory and time of the list of images and of an epoch's order. Assumed, as
 arguments: how many bytes per second go between devices of one node, and between nodes. Prints a table and writes
-results/scaling.json. An all-reduce of G bytes over n devices takes 2 (n - 1) / n · G / bandwidth (ring).
+results/scaling_BACKBONE_SIZE.json. An all-reduce of G bytes over n devices takes 2 (n - 1) / n · G / bandwidth (ring).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from downstream.classifier import load_classifier
 from downstream.split import split_data
 from unlabel import compare
 from unlabel.augment import clean
-from unlabel.backbone import build_backbone, load_backbone, save_backbone
+from unlabel.backbone import Backbone, build_backbone, load_backbone, save_backbone
 from unlabel.cache import load_cache
 from unlabel.checkpoint import file_sha256
 from unlabel.cli import main
@@ -532,10 +532,68 @@ def test_near_duplicates_among_the_labels_make_another_cell(compared: Path, digi
 def test_runs_of_another_size_or_network_are_named(tmp_path: Path):
     run = tmp_path / "run"
     save_backbone(build_backbone("small", 32), run)
-    for size, network, said in ((64, "small", "images of 32 px"), (32, "resnet18", "another network")):
-        _, _, notes = finished_runs([run], size, network, None)
+    known = len(finished_runs([run], build_backbone("small", 32).spec, None)[2])
+    for network, said in (
+        (build_backbone("small", 64), "images of 32 px"),
+        (build_backbone("resnet18", 32), "another network than those that it is compared with, which are resnet18"),
+        (
+            build_backbone("small", 32, stem="half"),
+            "its stem is 'small', that of those that it is compared with 'half'",
+        ),
+        (build_backbone("small", 32, flip=False), "it is fine-tuned with mirror images, unlike"),
+    ):
+        _, _, notes = finished_runs([run], network.spec, None)
+        assert len(notes) == known + 1
         assert any(said in note for note in notes), notes
-    assert len(finished_runs([run], 32, "small", None)[2]) == len(notes) - 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--train", "nowhere"], "nowhere"),
+        (["--test", "nowhere"], "nowhere"),
+        (["--also", "nowhere"], "nowhere"),
+        (["--train", "FLAT"], "is in a class folder"),
+        (["--also", "RUN", "OTHER"], "two arms are called 'rotation-seed0'"),
+    ],
+)
+def test_compare_says_what_is_wrong_before_images_are_decoded(
+    flags, said: str, compared: Path, digits_folder: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr("unlabel.compare.load_cache", None)
+    run = compared / "runs" / "rotation-seed0"
+    (tmp_path / "nested").mkdir()
+    shutil.copytree(run, other := tmp_path / "nested" / run.name)
+    known = {"FLAT": str(digits_folder / "1"), "RUN": str(run), "OTHER": str(other)}
+    command = compare_command(digits_folder, tmp_path / "out")
+    assert main([*command, *(known.get(flag, flag) for flag in flags)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_backbone_without_its_run_is_beside_its_own_network(
+    compared: Path, digits_folder: Path, tmp_path: Path, capsys
+):
+    """The two files of a product say which that is; one that has no name of ours is noted."""
+    runs = [compared / "runs" / "rotation-seed0", tmp_path / "alone", tmp_path / "odd"]
+    runs[1].mkdir()
+    for name in ("backbone.safetensors", "backbone.json"):
+        shutil.copy(runs[0] / name, runs[1])
+    spec = build_backbone("small", 16).spec
+    save_backbone(Backbone(dataclasses.replace(spec, kwargs={**spec.kwargs, "channels": (16, 32, 64, 128)})), runs[2])
+    found, flags, fits = [], "--protocol linear --labels-per-class 5 --draws 1".split(), r"minutes, then (\d+) fits"
+    for k, run in enumerate(runs):
+        out = tmp_path / f"out{k}"
+        assert main(["evaluate", str(run), "--train", str(digits_folder), "--out", str(out), *flags]) == 0
+        found.append(json.loads((out / "results.json").read_text()))
+        told = re.search(fits, capsys.readouterr().out)
+        assert told is not None
+        assert int(told[1]) == len(list((out / "cells").glob("*.json"))) > 10  # with each stage's
+    random = [[r["accuracy"] for r in results["rows"] if r["arm"] == "random"] for results in found]
+    assert random[0] == random[1] != random[2]
+    noted = [any("another network" in w for w in results["provenance"]["warnings"]) for results in found]
+    assert noted == [False, False, True]
+    assert main(["evaluate", str(runs[1] / "backbone.safetensors"), "--train", str(digits_folder)]) == 2
+    assert "give the run's folder" in capsys.readouterr().err
 
 
 def test_fine_tuning_starts_with_statistics_of_the_size_it_sees(digits_folder: Path, tmp_path: Path):

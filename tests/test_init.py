@@ -426,6 +426,18 @@ def test_the_answer_in_words():
     assert "take timm:x as it is: +5.0 [+2.0, +8.0] over rotation and" in answer(three(OPEN, DOWN, UP))
 
 
+def test_where_no_network_is_trained_the_third_is_random():
+    """Both are below random weights: neither is what to use."""
+    results = three(DOWN, UP, DOWN)
+    for row in results["paired"]:
+        row |= {"protocol": "linear", "versus": "random" if row["versus"] == "scratch" else row["versus"]}
+    found = choice(results)
+    assert found is not None
+    assert (found.arms, found.left) == (["rotation", "timm:x", "random"], ["random"])
+    assert title(results) == "Use neither (a random backbone will do), with 50 labels per class"
+    assert "plain supervised training was not measured here" in answer(results)
+
+
 def test_without_given_weights_nothing_changes(tmp_path: Path):
     results = three(UP, DOWN, UP)
     del results["provenance"]["given"]

@@ -138,7 +138,7 @@ def test_what_it_costs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     first, second = ft.presets_for(1, True)[0], st.SCRATCH_STUDENT
     assert (first.larger, second.larger) == (True, False)
     large, small = first.steps * 2, second.steps * second.batch_size
-    monkeypatch.setattr(cost, "_measured", lambda _: (6.0, {False: 60.0, True: 600.0}, 8))
+    monkeypatch.setattr(cost, "_measured", lambda _: (6.0, {False: 60.0, True: 600.0}, 8, 4))
     cost.print_cost(table, arms)
     naming = 2 * len(table.unlabelled)  # and mirrored, a minute each at the larger size
     told = f"fine-tuning passes {large + small:,} images, about {small + 10 * large + naming:.1f} minutes"

@@ -23,7 +23,7 @@ from unlabel.errors import UserError
 from unlabel.mlp import Mlp, is_mlp, make_mlp
 
 __all__ = ["Backbone", "Features", "build_backbone", "channels_last", "load_backbone", "parameter_stages"]
-__all__ += ["save_backbone", "stem_for"]
+__all__ += ["name_of", "save_backbone", "stem_for"]
 
 SMALL_IMAGE = 48  # px; below it `--stem auto` takes the small-image stem
 CHANGED_PREFIX = "unlabel_stem."  # marks weights that plain timm would put into a different stem
@@ -208,6 +208,12 @@ def stem_for(name: str, image_size: int, stem: str) -> str:
         return stem
     own = BACKBONES.get(name)
     return "small" if image_size < SMALL_IMAGE else (own.stem if own else "timm")
+
+
+def name_of(spec: Spec) -> str:
+    """What ``build_backbone`` calls this network, as far as it has a name for it; else timm's name."""
+    own = (name for name, o in BACKBONES.items() if o.timm_name == spec.name and plain(o.kwargs) == plain(spec.kwargs))
+    return next(own, spec.name)
 
 
 def build_backbone(name: str, image_size: int, stem: str = "auto", seed: int = 0, flip: bool = True) -> Backbone:

@@ -27,15 +27,16 @@ from downstream.arms import (
     seed_of,
     seen_by,
     started_elsewhere,
+    unlike,
 )  # fmt: skip
 from downstream.cost import print_cost
 from downstream.gallery import draw_gallery
 from downstream.label_free_table import label_free_rows, tasks_of
-from downstream.split import Split, has_labels, split_data, unlabelled_pool
+from downstream.split import Split, has_labels, open_labelled, split_data, unlabelled_pool
 from downstream.summary import summarise
 from pretext import TASKS, load_task
 from unlabel import report
-from unlabel.backbone import build_backbone, load_backbone
+from unlabel.backbone import build_backbone, load_backbone, name_of
 from unlabel.cache import load_cache, write_skipped
 from unlabel.checkpoint import write_atomic
 from unlabel.config import CompareConfig, EvaluateConfig, FewLabels, PretrainConfig, plain
@@ -89,6 +90,8 @@ MOST = 10_000  # draws, or seeds
 def evaluate(config: EvaluateConfig) -> Path:
     """`unlabel evaluate`: one run beside the controls. Returns the folder with results.json."""
     _refuse_nonsense(config)
+    if config.run.is_file():
+        raise UserError(f"{config.run} is a file: give the run's folder")
     run = RunFolder(config.run)
     about = run.read() or {}
     spec = load_backbone(config.run).spec
@@ -96,11 +99,13 @@ def evaluate(config: EvaluateConfig) -> Path:
     refuse_odd_out(out, (config.train, config.test))
     if about:
         run.finished()  # an error where the weights are not those that the run wrote
-    backbone = (about.get("settings", {}).get("backbone", spec.name), spec.stem)
+    backbone = (about.get("settings", {}).get("backbone") or name_of(spec), spec.stem)
     start = start_beside(config.init, *backbone)
     weights = write_given(start, spec.image_size, spec.flip, out / "given")
     pretraining, note = pretraining_images(config.run, about, spec.image_size)
-    given, others, notes = given_arms(start, weights, spec.image_size, pretraining)
+    like = build_backbone(backbone[0], spec.image_size, backbone[1], flip=spec.flip).spec
+    given, others, notes = given_arms(start, weights, like, pretraining)
+    notes += [f"{config.run.name}: {text}" for text in unlike(spec, like)]
     if config.label_free and not has_labels(config):
         config = dataclasses.replace(config, protocol=())
         split = unlabelled_pool(config, spec.image_size, pretraining)
@@ -133,15 +138,17 @@ def compare(config: CompareConfig) -> Path:
     source = open_source(config.data)
     image_size = config.image_size or source.usual_size()
     _check_tasks(config, start, image_size)
-    weights = write_given(start, image_size, config.flip, config.out / "given")
-    pretraining = load_cache(source, image_size, max_skipped=config.max_skipped)
     seeds = tuple(range(config.seed, config.seed + config.seeds))
     tasks = [
         ev.Arm(name, "backbone", seeds, tuple(config.out / "runs" / f"{name}-seed{seed}" for seed in seeds))
         for name in config.tasks
     ]
-    also, others, notes = finished_runs(config.also, image_size, start.backbone, pretraining)
-    given, more, more_notes = given_arms(start, weights, image_size, pretraining)
+    _check_given(config, start, tasks)
+    weights = write_given(start, image_size, config.flip, config.out / "given")
+    pretraining = load_cache(source, image_size, max_skipped=config.max_skipped)
+    like = build_backbone(start.backbone, image_size, start.stem, flip=config.flip).spec
+    also, others, notes = finished_runs(config.also, like, pretraining)
+    given, more, more_notes = given_arms(start, weights, like, pretraining)
     finished = [*also, *given]
     arms = _with_controls([*tasks, *finished], config, label_free=True)
     split = split_data(config, image_size, pretraining, others | more)
@@ -180,6 +187,15 @@ def _check_settings(config: CompareConfig) -> None:
     for name in config.tasks:
         one = _pretrain_config(config, name, config.seed, config.out, config.image_size)
         check_settings(one, {task: load_task(task) for task in one.tasks}, (1.0,) * len(one.tasks))
+
+
+def _check_given(config: CompareConfig, start: Start, tasks: list[ev.Arm]) -> None:
+    """What is wrong with the labelled images, the runs of --also and the names, before images are decoded."""
+    open_labelled(config)
+    for folder in config.also:
+        load_backbone(folder)
+    names = [folder.resolve().name for folder in config.also] + ([] if start.init is None else [start.arm])
+    _with_controls([*tasks, *(ev.Arm(name, "backbone", (0,), ()) for name in names)], config, label_free=True)
 
 
 def _check_tasks(config: CompareConfig, start: Start, image_size: int) -> None:
@@ -260,6 +276,9 @@ def _fill_and_report(
     if table.protocols:
         _write(out, table, results, predictions)
         results["pictures"] = draw_gallery(table, tasks[0])  # after the results are safe
+    else:  # of a table that was here, whose cells stay
+        for name in ("predictions.npz", "splits.json"):
+            (out / name).unlink(missing_ok=True)
     write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     page = report.write_report(out)
     said = [report.format_table(results), report.answer(results)] if table.protocols else []
@@ -305,7 +324,10 @@ def _provenance(out: Path, tasks: Sequence[ev.Arm], split: Split) -> dict[str, A
 
 
 def _relative(folder: Path, out: Path) -> str:
-    return Path(os.path.relpath(folder, out)).as_posix()
+    try:
+        return Path(os.path.relpath(folder, out)).as_posix()
+    except ValueError:  # on another drive, where there are drives
+        return folder.resolve().as_posix()
 
 
 def _write(out: Path, table: ev.Table, results: dict[str, Any], predictions: ev.Predictions) -> None:

@@ -1,6 +1,7 @@
 """Which to use, where --init gave weights: pretrain here, take those as they are, or plain supervised training.
 
-The three are compared by their paired differences at the primary comparison's protocol and label count. The winner
+The three are compared by their paired differences at the primary comparison's protocol and label count; under a
+protocol that trains no network the third is the random backbone, or what else the comparison is with. The winner
 has an interval above zero against each of the other two: where both hold at 95 %, so does "best of the three". Else
 it cannot be told between those that are named. Without weights of --init, all is as in `report_text`.
 """
@@ -39,7 +40,8 @@ def choice(results: dict[str, Any]) -> Choice | None:
     if given is None or row is None:
         return None
     first = str(row.get("arm"))
-    arms = [first, given, "scratch"]
+    versus = str(row.get("versus"))
+    arms = [first, given, versus if versus in CONTROLS else "scratch"]
     known = {(a, b): d for a in arms for b in arms if (d := _difference(results, row, a, b)) is not None}
     arms = [a for a in arms if all((a, b) in known for b in (first, given) if b != a)]
     if first == given or len(arms) < 2:
@@ -72,7 +74,9 @@ def _to_do(found: Choice, arm: str) -> str:
     """What a person would do who chose this arm."""
     if arm == found.first:
         return f"pretrain here ({arm})"
-    return f"take {arm} as it is" if arm == found.given else "train from scratch"
+    if arm == found.given:
+        return f"take {arm} as it is"
+    return "train from scratch" if arm == "scratch" else f"use neither ({CONTROLS[arm]} will do)"
 
 
 def _name(found: Choice, arm: str) -> str:

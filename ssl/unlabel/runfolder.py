@@ -50,10 +50,15 @@ def hardware() -> dict[str, Any]:
 
 def commit() -> str | None:
     """Of the checkout that this code runs from."""
-    here = Path(__file__).resolve().parent
-    try:
-        out = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
-        return out.stdout.strip() or None
+    here = Path(__file__).resolve()
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here.parent), *words], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+
+    try:  # installed below somebody's repository, this file is none of its
+        return git("ls-files", "--error-unmatch", here.name) and git("rev-parse", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -103,7 +108,7 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-            raise UserError(f"{file} is not a run's config ({error}): choose another --out") from None
+            raise UserError(f"{file} is not a run's config ({error}): give another folder") from None
         return self.about
 
     def left_out(self) -> frozenset[str]:
