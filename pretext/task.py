@@ -31,7 +31,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of the loop that suit a task untuned. Where several tasks share a backbone, the first decides."""
+    """Settings of the loop that suit a task untuned. Where several tasks share a backbone, the first decides;
+    but ``progressive`` is for those of which each has it."""
 
     optimizer: Literal["sgd", "adamw", "muon"] = "adamw"  # SGD is with Nesterov momentum 0.9
     lr: float = 1e-3  # peak

@@ -11,6 +11,7 @@ import tarfile
 import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -452,6 +453,9 @@ def test_an_image_that_was_changed_is_packed_anew(
 
     before, decoded, real, now = listed(time.time() - 9), [], packing.pack_one, time.time()
     first = load_cache(before, 32, progress=False)
+    monkeypatch.setattr(
+        stale, "time", SimpleNamespace(time_ns=lambda: int((now + 1000) * 1e9))
+    )  # the times below are of the past
     for module in (packing, stale):
         monkeypatch.setattr(module, "pack_one", lambda *args, **more: decoded.append(1) or real(*args, **more))
     assert load_cache(listed(now - 9), 32, progress=False).hashes == first.hashes
@@ -500,6 +504,46 @@ def test_a_disk_that_fails_for_a_moment(code: int, times: int, found: int | None
     else:
         cache = load_cache(source, 32, max_skipped=1, progress=False)
         assert (len(cache), [name for name, _ in cache.skipped]) == (found, ["001.png"][: 3 - found])
+
+
+def test_what_changes_while_images_are_packed_is_packed_anew(tmp_path: Path, monkeypatch) -> None:
+    """It had been read by then: a download that had kept room for all of it, say."""
+    folder = make_folder(tmp_path / "f", 3)
+    [first, *_] = sorted(folder.iterdir())
+    good, real, left = first.read_bytes(), packing.pack_one, [3]
+    first.write_bytes(bytes(len(good)))
+    source = open_source(str(folder))
+    source.content_sample()
+
+    def pack_one(*args, **more):
+        found = real(*args, **more)
+        left[0] -= 1
+        if left[0] == 0:  # all three are read
+            first.write_bytes(good)
+        return found
+
+    monkeypatch.setattr(packing, "pack_one", pack_one)
+    assert len(load_cache(source, 32, max_skipped=1, workers=1, progress=False)) == 3
+
+
+def test_a_file_that_is_dated_in_the_future_hides_no_change(tmp_path: Path, monkeypatch) -> None:
+    (folder := tmp_path / "f").mkdir()
+    monkeypatch.setattr("unlabel.sources._SAMPLE", 1)  # so that the key does not know of it
+    for i in range(3):
+        Image.fromarray(picture(i)).save(folder / f"{i}.bmp")
+    os.utime(folder / "1.bmp", (2e9, 2e9))  # 2033
+    found = [load_cache(open_source(str(folder)), 32, progress=False).hashes for _ in range(2)]
+    time.sleep(0.01)
+    Image.fromarray(picture(9)).save(folder / "2.bmp")
+    found.append(load_cache(open_source(str(folder)), 32, progress=False).hashes)
+    assert found[0] == found[1]
+    assert [a == b for a, b in zip(found[1], found[2], strict=True)] == [True, True, False]
+
+
+def test_a_source_that_never_rests_is_no_cache(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(packing, "is_stale", lambda *_: True)
+    with pytest.raises(UserError, match="have changed 20 times"):
+        load_cache(open_source(str(make_folder(tmp_path / "f", 1))), 32, progress=False)
 
 
 def test_a_cache_that_cannot_be_read_now_is_left_alone(tmp_path: Path, cache_folder: Path, monkeypatch) -> None:

@@ -17,6 +17,7 @@ from timm.layers.norm_act import BatchNormAct2d
 
 from pretext.rotation import residual_block
 from unlabel import checkpoint, distributed
+from unlabel.augment import works_on
 from unlabel.backbone import build_backbone
 from unlabel.batchnorm import sync_batchnorm
 from unlabel.cli import main
@@ -124,6 +125,44 @@ def test_an_environment_that_is_no_numbers(wanted: str, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "x")
     with pytest.raises(UserError, match="LOCAL_RANK is 'x' in the environment"):
         distributed.pick_device(wanted)
+
+
+def test_processes_that_cannot_join_are_told_why(monkeypatch):
+    """One line, and not the code that says: try again."""
+    for minutes in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="--rank-timeout"):
+            distributed.start(torch.device("cpu"), minutes)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for name, value in (("MASTER_ADDR", None), ("MASTER_PORT", "x")):
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", "29500")
+        monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match="start several processes with torchrun"):
+            distributed.start(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("fault", ["missing", "wrong"])
+def test_apples_device_is_taken_where_it_resizes_as_the_cpu_does(fault: str, monkeypatch):
+    assert works_on("cpu")
+    real = torch.nn.functional.grid_sample
+
+    def sampled(*args, **kwargs):
+        count.append(1)
+        if fault == "missing":
+            raise RuntimeError("MPS: Unsupported Border padding mode")
+        return real(*args, **kwargs) + 0.01 * (len(count) == 2)  # the CPU's first, then the device's
+
+    count: list[int] = []
+    monkeypatch.setattr("unlabel.augment.F.grid_sample", sampled)
+    assert not works_on("cpu")
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for works in (True, False):
+        monkeypatch.setattr(distributed, "works_on", lambda _, works=works: works)
+        assert distributed.pick_device("auto").type == ("mps" if works else "cpu")
+    with pytest.raises(UserError, match="install a newer one, or use --device cpu"):
+        distributed.pick_device("mps")
 
 
 def test_more_processes_than_gpus(monkeypatch):

@@ -463,6 +463,27 @@ def test_tasks_have_weights_of_their_own_in_a_sum(digits_folder: Path, tmp_path:
     (config.out / "config.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match=r"other defaults of --weights \(\[1.0, 1.0\], now \[1.0, 0.0001\]\)"):
         pretrain(config)
+    config = settings(digits_folder, tmp_path / "given", "rotation", "vae", weights=(1.0, 0.3))
+    killed_at(monkeypatch, config, saves=1)
+    about = json.loads((config.out / "config.json").read_text())
+    del about["resolved"]["weights"]
+    (config.out / "config.json").write_text(json.dumps(about))
+    pretrain(config)  # it had said which
+
+
+def test_a_checkpoint_of_other_optimisers_is_told(digits_folder: Path, tmp_path: Path, monkeypatch):
+    config = settings(digits_folder, tmp_path / "run", "rotation")
+    killed_at(monkeypatch, config, saves=1)
+    monkeypatch.setattr(optim, "make_optimizers", lambda *_: [])
+    with pytest.raises(UserError, match="of another version of this task"):
+        pretrain(config)
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path: Path):
+    run = RunFolder(tmp_path)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: Is a directory"):
+        run.log({"step": 1})
 
 
 def test_every_setting_of_a_task_is_kept(digits_folder: Path, tmp_path: Path, monkeypatch):

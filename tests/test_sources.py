@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unlabel.cache import load_cache
 from unlabel.errors import UserError
 from unlabel.sources import DATASETS, Source, open_source, own_test_split
 
@@ -211,7 +212,7 @@ def test_unsafe_members_are_listed_and_never_reached(tmp_path: Path, suffix: str
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz"])
-def test_what_is_whole_in_a_truncated_archive_is_read(tmp_path: Path, suffix: str) -> None:
+def test_what_is_whole_in_a_truncated_archive_is_read(tmp_path: Path, suffix: str, capsys) -> None:
     tree = {f"cat/{i:02d}.png": image_bytes(i, (40, 40)) for i in range(40)}
     whole = make_tar(tmp_path / f"whole{suffix}", tree)
     data = whole.read_bytes()
@@ -228,6 +229,8 @@ def test_what_is_whole_in_a_truncated_archive_is_read(tmp_path: Path, suffix: st
         [(name, reason)] = source.skipped
         assert name == f"cut{suffix}"
         assert "truncated" in reason
+        load_cache(source, 32, max_skipped=1, write=False)
+        assert "what else it holds is missing, and not counted as skipped" in capsys.readouterr().out
 
 
 def test_an_archive_cut_between_members_or_damaged_inside_says_so(tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def test_a_compressed_checkpoint_is_not_unpacked(tmp_path: Path):
         ({"name": "mlp:" + "9" * 5000}, "whole numbers"),
         ({"name": "mlp:" + "-".join(["999999"] * 8)}, "do not belong together"),
         ({"image_size": 10**9}, "cannot be read"),
+        ({"image_size": float("inf")}, "cannot be read"),
         ({"std": [0, 1, 1]}, "cannot be read"),
         ({"mean": [float("nan")] * 3}, "cannot be read"),
         ({"mean": [0.5]}, "cannot be read"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unlabel.draws import Draws
 
-__all__ = ["clean", "colour_jitter", "four_rotations", "random_crop", "random_view", "to_float"]
+__all__ = ["clean", "colour_jitter", "four_rotations", "random_crop", "random_view", "to_float", "works_on"]
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -65,6 +65,22 @@ def random_crop(
         source = F.interpolate(source, size=(shorter, shorter), mode="bilinear", antialias=True)
     out = F.grid_sample(source, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return out.clamp_(0, 1)
+
+
+def works_on(device: str) -> bool:
+    """Whether views come out there as on the CPU: Apple's devices lack some operations in some versions of torch."""
+    images = (torch.arange(2 * 24 * 24 * 3) ** 2 % 251).to(torch.uint8).view(2, 24, 24, 3)
+    grid = torch.linspace(-1, 1, 2 * 16 * 16 * 2).sin().view(2, 16, 16, 2)
+
+    def views(place: str) -> list[Tensor]:
+        here = images.to(place)
+        crop = F.grid_sample(to_float(here), grid.to(place), padding_mode="border", align_corners=False)
+        return [clean(here, 16).cpu(), crop.cpu()]
+
+    try:
+        return all(torch.allclose(a, b, atol=1e-3) for a, b in zip(views("cpu"), views(device), strict=True))
+    except (RuntimeError, NotImplementedError):
+        return False
 
 
 def four_rotations(images: Tensor) -> tuple[Tensor, Tensor]:

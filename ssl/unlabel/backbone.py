@@ -361,7 +361,7 @@ def load_backbone(path: str | Path) -> Backbone:
     about = read_spec(weights.with_suffix(".json"))
     try:
         spec = spec_from_json(about)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{weights.with_suffix('.json')} cannot be read ({error})") from None
     backbone = build_described(spec, weights)
     load_weights(backbone, weights)

@@ -12,6 +12,7 @@ import numpy as np
 
 from unlabel.columns import Digests, Names
 from unlabel.errors import UserError
+from unlabel.listing import UNLISTED
 from unlabel.packing import load_or_pack
 from unlabel.sources import Source
 from unlabel.streaming import Streamed
@@ -149,6 +150,9 @@ def load_cache(
             f"({some}{' …' if len(skipped) > 3 else ''}){advice}",
             skipped,
         )
+    for name, reason in source.skipped if progress else ():
+        if reason.startswith(UNLISTED):
+            print(f"note: {printable(name)}: {reason}; what else it holds is missing, and not counted as skipped")
     whole = len(index.rows) == len(source)
     return ImageCache(
         images=images,

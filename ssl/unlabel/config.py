@@ -98,7 +98,7 @@ class PretrainConfig:
     flip: bool = True
     """Random left-right flips; --no-flip for digits, text and whatever else its mirror image is not."""
     progressive: bool | None = None
-    """Train on smaller images first; more passes in the same time (default: the first task's)."""
+    """Train on smaller images first; more passes in the same time (default: where every task's recipe has it)."""
     seed: int = 0
     """Initial weights, order and augmentation."""
     device: Device = "auto"

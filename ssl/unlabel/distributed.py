@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from unlabel.augment import works_on
 from unlabel.errors import UserError
 
 __all__ = ["RankLost", "any_rank", "barrier", "from_main", "gathered", "gradients_shared", "in_turn", "is_main", "mean"]
@@ -23,6 +24,7 @@ __all__ += ["naming_the_missing", "pick_device", "rank", "refuse_several"]
 __all__ += ["same_everywhere", "start", "stop", "world_size", "wrapped"]
 
 ALIVE_SECONDS = 5.0  # between two signs of life of a process that others wait for
+MOST_MINUTES = 100_000
 LOST_SECONDS = 10.0  # that a process waits, once it gave up, for the others to give up too
 
 
@@ -51,6 +53,8 @@ def start(device: torch.device, minutes: float = 30.0) -> None:
     """
     global _generation, _patience
     _patience = 60 * minutes
+    if not 0 < minutes < MOST_MINUTES:
+        raise UserError(f"--rank-timeout {minutes:g}: minutes, above 0 and below {MOST_MINUTES:,}")
     named = _environment()
     if int(named["WORLD_SIZE"]) > 1 and "RANK" not in os.environ:
         raise UserError("WORLD_SIZE is set in the environment and RANK is not: start several processes with torchrun")
@@ -60,6 +64,8 @@ def start(device: torch.device, minutes: float = 30.0) -> None:
             dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
         except (RuntimeError, dist.DistError) as error:
             raise RankLost(f"the processes did not find one another ({str(error).splitlines()[0]})") from None
+        except ValueError as error:
+            raise UserError(f"{str(error).splitlines()[0]}: start several processes with torchrun") from None
         # torchrun's store outlives its restarts: what was said in it before does not count.
         box = [uuid.uuid4().hex]
         dist.broadcast_object_list(box, src=0, device=device)
@@ -85,15 +91,21 @@ def pick_device(wanted: str) -> torch.device:
     local = int(_environment()["LOCAL_RANK"])
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device here: use --device cpu (or auto)")
-    if wanted == "mps" and not torch.backends.mps.is_available():
+    apples = torch.backends.mps.is_available()
+    if wanted == "mps" and not apples:
         raise UserError("no MPS device here: use --device cpu (or auto)")
     if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
         if local >= (there := torch.cuda.device_count()):
             raise UserError(f"this is process {local + 1} here, and there are {there} GPUs: start one process for each")
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
-    if wanted == "mps" or (wanted == "auto" and torch.backends.mps.is_available()):
-        return torch.device("mps")
+    if wanted == "mps" or (wanted == "auto" and apples):
+        if works_on("mps"):
+            return torch.device("mps")
+        if wanted == "mps":
+            raise UserError(
+                "this version of torch cannot resize images on MPS: install a newer one, or use --device cpu"
+            )
     return torch.device("cpu")
 
 

@@ -23,7 +23,18 @@ from unlabel.stores import REQUEST, Changed, Remote, State, file_state, is_url, 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["MAX_BYTES", "Entries", "Entry", "Found", "Place", "is_image_name", "joined", "list_archive", "list_folder"]
+__all__ = [
+    "MAX_BYTES",
+    "UNLISTED",
+    "Entries",
+    "Entry",
+    "Found",
+    "Place",
+    "is_image_name",
+    "joined",
+    "list_archive",
+    "list_folder",
+]
 __all__ += ["too_large", "unpacked"]
 
 _SUFFIX = re.compile(
@@ -31,6 +42,10 @@ _SUFFIX = re.compile(
 )
 _NO_IMAGES = {"readme", "license", "licence", "copying", "changelog", "makefile", "md5sums", "sha256sums"}
 _NO_DATA = {"thumbs.db", "desktop.ini", "__macosx"}
+UNLISTED = (
+    "folder cannot be opened",
+    "archive is truncated or damaged",
+)  # begin the reason where more than one is missing
 MAX_BYTES = 1 << 30  # of a file: more than the pixels of any image that is read; a sparse file costs nothing to make
 _KIND, _PLAIN = 0o170444, stat.S_IFREG | 0o444  # a file that all may read
 _MAX_HEADER = 1 << 20  # of a long name or of extended attributes in an archive, which are read into memory
@@ -223,7 +238,7 @@ def list_folder(root: str) -> Found:
         except OSError as error:
             if not prefix:
                 raise UserError(f"cannot open the folder {root}: {error.strerror}; check the permissions") from None
-            found.skipped.append((prefix.rstrip("/"), f"folder cannot be opened: {error.strerror}"))
+            found.skipped.append((prefix.rstrip("/"), f"{UNLISTED[0]}: {error.strerror}"))
         order = sorted(range(len(here)), key=here.__getitem__)
         names += map(here.__getitem__, order)
         sizes.extend(map(bytes_of.__getitem__, order))
@@ -329,7 +344,7 @@ def list_archive(path: str, state: State | None = None) -> Found:
                 raise UserError(f"cannot read {path} ({error.strerror}); try again when it can be read") from None
             damaged_at = member.name if member is not None else "the start"
         if damaged_at is not None:
-            reason = f"archive is truncated or damaged at {damaged_at!r}, after {len(members):,} images"
+            reason = f"{UNLISTED[1]} at {damaged_at!r}, after {len(members):,} images"
             found.skipped.append((os.path.basename(path), reason))
     sizes, offsets = [size for size, _ in members.values()], [offset for _, offset in members.values()]
     found.entries = Entries([Place(place, packed, state)], list(members), sizes, offsets)

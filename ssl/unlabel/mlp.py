@@ -60,9 +60,6 @@ class Mlp(nn.Module):
             maps.append(x)
         return maps[-1], maps
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.forward_intermediates(x)[0]
-
 
 def make_mlp(name: str, size: int) -> Mlp:
     """The network that ``mlp:WIDTH-WIDTH…`` or ``mlp:WIDTH-WIDTH…:ACTIVATION`` names, for images of ``size`` px."""

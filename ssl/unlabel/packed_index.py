@@ -44,7 +44,8 @@ def read_index(folder: Path) -> Index | None:
     return Index(**columns, skipped=[(name, reason) for name, reason in about["skipped"]])
 
 
-def write_index(folder: Path, index: Index) -> None:
+def write_index(folder: Path, index: Index, begun: int) -> None:
+    """``begun``: when the first image was read, in ns; what is changed later is younger than the file."""
     head = json.dumps({"images": len(index.rows), "skipped": index.skipped}).encode() + b"\n"
     columns = [np.ascontiguousarray(getattr(index, name), kind).data for name, (kind, _) in COLUMNS.items()]
     digest = hashlib.sha256(head)
@@ -56,3 +57,4 @@ def write_index(folder: Path, index: Index) -> None:
             file.write(column)
         file.flush()
         os.fsync(file.fileno())
+    os.utime(folder / "index.bin", ns=(begun, begun))

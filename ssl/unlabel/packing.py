@@ -53,12 +53,15 @@ def load_or_pack(
     key = f"{source.fingerprint[:24]}-{side}-v{_FORMAT}-{source.content_sample()[:8]}"
     folder = cache_root() / key
     try:
-        for variant in range(_VARIANTS):  # a new cache for what was repaired: the old one may be in use
+        for variant in range(_VARIANTS):  # a new cache for what has changed: the old one may be in use
             at = folder.with_name(f"{key}-again{variant}") if variant else folder
             found = _open(at, side) or _make(source, side, at if write else None, workers or _cpus(), progress)
             if not write or not is_stale(source, found[0], side, [p / "index.bin" for p in (at, _index_alone(at))]):
-                break
-        return found
+                return found
+        raise UserError(
+            f"the images of {source.spec} have changed {_VARIANTS} times, and each time were packed anew: remove "
+            f"{folder}* when nothing uses them any more"
+        )
     except OSError as error:
         raise UserError(
             f"cannot use the image cache in {cache_root()} ({error.strerror or error}); "
@@ -141,11 +144,12 @@ def _without_room(
     index = read_index(kept)
     if index is None:
         _remove(kept)
+        begun = time.time_ns()
         index = _decode_into(None, source, side, workers, progress)
         temporary = folder.with_name(f"tmp-{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):  # another process was faster, or not even this much room is left
             temporary.mkdir()
-            write_index(temporary, index)
+            write_index(temporary, index, begun)
             temporary.rename(kept)
         shutil.rmtree(temporary, ignore_errors=True)
     rows, hashes = index.rows, index.hashes
@@ -176,7 +180,7 @@ def _pack(source: Source, side: int, folder: Path | None, workers: int, progress
         images.flags.writeable = False
         return index, images
 
-    temporary = folder.with_name(f"tmp-{uuid.uuid4().hex}")
+    temporary, begun = folder.with_name(f"tmp-{uuid.uuid4().hex}"), time.time_ns()
     temporary.mkdir()
     try:
         with open(temporary / "images.u8", "w+b") as file:
@@ -189,7 +193,7 @@ def _pack(source: Source, side: int, folder: Path | None, workers: int, progress
                 del rows
             file.truncate(len(index.rows) * side * side * 3)
             os.fsync(file.fileno())
-        write_index(temporary, index)
+        write_index(temporary, index, begun)
         with contextlib.suppress(OSError):  # another process was faster: its cache is as good
             temporary.rename(folder)
     finally:

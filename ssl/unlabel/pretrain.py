@@ -137,7 +137,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
         tasks = {n: cls(backbone, cls.Config(**config.task_settings.get(n, {}))) for n, cls in classes.items()}
     own = {n: plain(task.config) for n, task in tasks.items()}
     refuse_other_defaults(about, "settings of the tasks", "tasks", own)
-    refuse_other_defaults(about, "--weights", "weights", list(weights), [1.0] * len(tasks))
+    refuse_other_defaults(about, "--weights", "weights", list(weights), list(config.weights or [1.0] * len(tasks)))
     phases = phases_of(tasks)
 
     # ---- 3. The data, decoded once into the packed cache; and the plan
@@ -187,9 +187,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
         begin(passed)
     wrapped, optimizers = begin(phase)
     if state:
-        load_weights_of(state, model)
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        load_weights_of(state, model, optimizers)
     if about is not None:
         say(f"continues from step {step} of {plan.steps}")
     if distributed.is_main():
@@ -262,7 +260,7 @@ def _pretrain(config: PretrainConfig, device: torch.device, exclude: frozenset[s
             due = time.monotonic() - last_save > CHECKPOINT_SECONDS or step % every_save == 0 or step == plan.steps
             log_due = step % every_log == 0 or step == plan.steps
             if (log_due or due) and not bool(torch.isfinite(sums["loss"])):
-                raise UserError(not_finite(step, values, run))
+                raise UserError(not_finite(step, sums, run))
             if log_due:
                 speed = timed * plan.batch_size / (time.monotonic() - last_log)
                 line = log_line(sums, summed, step, plan, len(cache.names), optimizers, speed, batch, tasks)

@@ -173,8 +173,11 @@ class RunFolder:
         write_atomic(self.metrics, "".join(x + "\n" for x in kept).encode())
 
     def log(self, line: dict[str, Any]) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.metrics}: {error.strerror or error}") from None
 
     def finish(self, backbone: Path, result: dict[str, Any]) -> None:
         self.about["finished"] = {**result, "backbone_sha256": file_sha256(backbone)}

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 import warnings
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def is_stale(source: Source, index: Index, side: int, files: list[Path]) -> bool
     """Whether an image can be read now and could not before, or is another than the one that was packed.
 
     `files` is where `index` is kept. Their time tells what is younger; where nothing differs, they are marked as
-    young as what was looked at, so that it is looked at once. Nothing behind a URL is looked at.
+    young as what was looked at (not younger than now), so that it is looked at once. Nothing behind a URL is.
     """
     files = [file for file in files if file.exists()]
     if not files:
@@ -53,7 +54,7 @@ def _is_repaired(source: Source, index: Index, side: int, made: int) -> bool:
 
 def _is_changed(source: Source, index: Index, side: int, made: int, files: list[Path]) -> bool:
     """Of files, or archives, that were changed after `made`; of very many, as after copying, of some of all."""
-    entries, places = source.entries, source.entries.places
+    entries, places, now_ns = source.entries, source.entries.places, time.time_ns()
     newest = np.array([p.archive[1] if p.archive and not is_url(p.path) else p.newest for p in places], np.int64)
     if newest.max(initial=0) <= made:
         return False
@@ -77,7 +78,8 @@ def _is_changed(source: Source, index: Index, side: int, made: int, files: list[
                 return True
     except OSError:  # which the next one who reads it is told
         return False
+    looked_at = min(int(newest.max()), now_ns)  # a file that is dated in the future is looked at until then
     with contextlib.suppress(OSError):
         for file in files:
-            os.utime(file, ns=(int(newest.max()), int(newest.max())))
+            os.utime(file, ns=(looked_at, looked_at))
     return False

@@ -87,10 +87,12 @@ def refuse_other_content(about: dict[str, Any], content: str) -> None:
         )
 
 
-def load_weights_of(state: dict[str, Any], model: Any) -> None:
+def load_weights_of(state: dict[str, Any], model: Any, optimizers: Sequence[Any]) -> None:
     try:
         model.load_state_dict(state["model"])
-    except RuntimeError as error:
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the checkpoint is of another version of this task ({str(error).splitlines()[-1].strip()}): start it anew "
             "in another --out (--init takes over its backbone)"
