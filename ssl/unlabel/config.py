@@ -70,7 +70,7 @@ class PretrainConfig:
     backbone: str | None = None
     """`small` (the default), the name of a timm ConvNet, or a dense network: `mlp:1000-500-250`."""
     stem: Stem = "auto"
-    """auto: a small-image stem below 48 px (with plain weights of --init: timm's); half: four times as fast."""
+    """auto: a small-image stem below 48 px (with plain weights of --init: timm's); half: three times as fast."""
     image_size: int | None = None
     """Pixels (default: the data's median short side, clamped to 32-224)."""
     epochs: float | None = None
@@ -104,7 +104,7 @@ class PretrainConfig:
     device: Device = "auto"
     """Where to train."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 where the hardware has it."""
+    """auto: bf16 where the hardware is faster in it."""
     compile: bool = False
     """torch.compile the backbone: pays on GPUs for long runs."""
     sync_batchnorm: bool = False
@@ -201,7 +201,7 @@ class CompareConfig(FewLabels):
     backbone: str | None = None
     """`small` (the default), the name of a timm ConvNet, or a dense network: `mlp:1000-500-250`."""
     stem: Stem = "auto"
-    """auto: a small-image stem below 48 px (with plain weights of --init: timm's); half: four times as fast."""
+    """auto: a small-image stem below 48 px (with plain weights of --init: timm's); half: three times as fast."""
     init: str | None = None
     """Start from a run's folder, FILE.safetensors or timm:NAME; those weights as they are become an arm, too."""
     image_size: int | None = None
@@ -215,7 +215,7 @@ class CompareConfig(FewLabels):
     flip: bool = True
     """Random left-right flips, in pretraining and of labelled images; --no-flip for digits and text."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 where the hardware has it."""
+    """auto: bf16 where the hardware is faster in it."""
     seed: int = 0
     """The first pretraining seed."""
     task_settings: Annotated[dict[str, dict[str, Any]], tyro.conf.Suppress] = field(default_factory=dict)
@@ -303,7 +303,8 @@ class CompressConfig(OnImages):
     data: tuple[str, ...]
     """Images to compress, best others than those of pretraining."""
     train: tuple[str, ...] | None = None
-    """What principal components and frequencies are taken from (default: the first run's own images)."""
+    """What principal components and frequencies are taken from (default: the first run's own images, but those that
+    `compare` left out of any run)."""
     out: Path | None = None
     """Where compression.html goes (default: RUN/compression)."""
 

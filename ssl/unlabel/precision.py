@@ -1,4 +1,4 @@
-"""bf16 where the hardware has it: detected, not assumed."""
+"""bf16 where the hardware is faster in it: detected, not assumed."""
 
 from __future__ import annotations
 
