@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from unlabel import listing, tar_index
+from unlabel.errors import UserError
 from unlabel.sources import Source, open_source
 
 SHARDS, BATCH = 10, 100
@@ -245,4 +246,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        raise SystemExit(f"index_speed.py: {error}") from None
