@@ -558,7 +558,7 @@ def test_runs_of_another_size_or_network_are_named(tmp_path: Path):
     ],
 )
 def test_compare_says_what_is_wrong_before_images_are_decoded(
-    flags, said: str, compared: Path, digits_folder: Path, tmp_path: Path, monkeypatch, capsys
+    flags: list[str], said: str, compared: Path, digits_folder: Path, tmp_path: Path, monkeypatch, capsys
 ):
     monkeypatch.setattr("unlabel.compare.load_cache", None)
     run = compared / "runs" / "rotation-seed0"
